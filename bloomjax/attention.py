@@ -1,0 +1,149 @@
+"""Causal attention with ALiBi: the slopes, the XLA kernel and the choice of a kernel by name.
+
+Dimension key: B batch, L query length, S key length, H heads, K head_dim. Arrays end in their letters.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bloomjax.errors import BadInput
+
+_MASKED = -1e30  # finite: a row without any visible key (left padding) stays free of NaN
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """ALiBi's slope of each head, float64 [H].
+
+    Press et al. 2022 (arXiv 2108.12409) give 2^(-8i/n) for n a power of two. For other n BLOOM takes the slopes of
+    the next lower power of two, then every second slope of the next higher one (Megatron-DeepSpeed, transformer.py).
+    """
+    if num_heads < 1:
+        raise BadInput(f"num_heads must be at least 1, got {num_heads}")
+    lower = 2 ** math.floor(math.log2(num_heads))
+    base = 2.0 ** (-(2.0 ** -(math.log2(lower) - 3)))
+    slopes = [base**i for i in range(1, lower + 1)]
+    extra_base = 2.0 ** (-(2.0 ** -(math.log2(2 * lower) - 3)))
+    slopes += [extra_base**i for i in range(1, 2 * (num_heads - lower), 2)]
+    return np.array(slopes)
+
+
+def alibi_scores(
+    q_BLHK: jax.Array,
+    k_BSHK: jax.Array,
+    slopes_H: jax.Array,
+    q_position_L: jax.Array,
+    k_valid_BS: jax.Array | None = None,
+) -> jax.Array:
+    """Masked scores before the softmax, float32 [B, H, L, S]: q.k/sqrt(K) + slope*(key - query position).
+
+    The bias is exact in float32. (BLOOM and transformers compute slope*key in bfloat16: equal up to a row constant,
+    but rounded by up to 4 at position 2048.)  Keys stand at positions 0..S-1; those after the query, and those
+    where `k_valid_BS` is False, are masked.
+    """
+    scores_BHLS = jnp.einsum("BLHK,BSHK->BHLS", q_BLHK, k_BSHK, preferred_element_type=jnp.float32)
+    distance_LS = jnp.arange(k_BSHK.shape[1])[None, :] - q_position_L[:, None]
+    bias_HLS = slopes_H.astype(jnp.float32)[:, None, None] * distance_LS.astype(jnp.float32)[None]
+    scores_BHLS = scores_BHLS * q_BLHK.shape[-1] ** -0.5 + bias_HLS[None]
+    scores_BHLS = jnp.where((distance_LS <= 0)[None, None], scores_BHLS, _MASKED)
+    if k_valid_BS is not None:
+        scores_BHLS = jnp.where(k_valid_BS[:, None, None, :], scores_BHLS, _MASKED)
+    return scores_BHLS
+
+
+@jax.custom_vjp
+def _xla_attention(q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
+    return _xla_forward(q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)[0]
+
+
+def _xla_forward(q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
+    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, jnp.arange(q_BLHK.shape[1]))
+    p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1)
+    p_BHLS = p_BHLS.astype(v_BSHK.dtype)
+    dropped_BHLS = p_BHLS if keep_BHLS is None else p_BHLS * keep_BHLS
+    context_BLHK = jnp.einsum(
+        "BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK, preferred_element_type=jnp.float32
+    ).astype(q_BLHK.dtype)
+    return context_BLHK, (q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS)
+
+
+def _xla_backward(residuals, g_BLHK):
+    """Every matmul takes operands of the compute dtype and accumulates in float32; autodiff would make them f32 x f32."""
+    q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS = residuals
+    dtype = q_BLHK.dtype
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dropped_BHLS = p_BHLS if keep_BHLS is None else p_BHLS * keep_BHLS
+    dv_BSHK = dot("BHLS,BLHK->BSHK", dropped_BHLS, g_BLHK)
+    dp_BHLS = dot("BLHK,BSHK->BHLS", g_BLHK, v_BSHK)
+    if keep_BHLS is not None:
+        dp_BHLS = dp_BHLS * keep_BHLS
+    p_BHLS = p_BHLS.astype(jnp.float32)
+    ds_BHLS = p_BHLS * (dp_BHLS - jnp.sum(p_BHLS * dp_BHLS, axis=-1, keepdims=True))
+    ds_BHLS = (ds_BHLS * q_BLHK.shape[-1] ** -0.5).astype(dtype)
+    dq_BLHK = dot("BHLS,BSHK->BLHK", ds_BHLS, k_BSHK)
+    dk_BSHK = dot("BHLS,BLHK->BSHK", ds_BHLS, q_BLHK)
+    # The slopes are constants of the architecture, the dropout mask is random: neither is differentiated.
+    no_keep = None if keep_BHLS is None else jnp.zeros_like(keep_BHLS)
+    return (
+        dq_BLHK.astype(dtype), dk_BSHK.astype(dtype), dv_BSHK.astype(dtype),
+        jnp.zeros_like(slopes_H), no_keep,
+    )  # fmt: skip
+
+
+_xla_attention.defvjp(_xla_forward, _xla_backward)
+
+
+def xla_attention(
+    q_BLHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    slopes_H: jax.Array,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+) -> jax.Array:
+    """Causal self-attention with exact ALiBi on any platform; holds the [B, H, L, S] probabilities.
+
+    q, k, v share one floating dtype and L = S; softmax in float32. Returns the context [B, L, H, K] in that dtype.
+    """
+    keep_BHLS = None
+    if dropout_rate > 0.0 and dropout_rng is not None:
+        B, L, H, _ = q_BLHK.shape
+        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, (B, H, L, k_BSHK.shape[1]))
+        keep_BHLS = keep.astype(q_BLHK.dtype) / (1.0 - dropout_rate)
+    return _xla_attention(q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)
+
+
+def cached_attention(
+    q_BLHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    slopes_H: jax.Array,
+    *,
+    start: jax.Array,
+    k_valid_BS: jax.Array,
+) -> jax.Array:
+    """Attention of L new queries at positions start.. over a key/value cache of S slots; not differentiated.
+
+    `k_valid_BS` is False for slots that hold padding (or nothing yet). Returns [B, L, H, K].
+    """
+    position_L = start + jnp.arange(q_BLHK.shape[1])
+    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS)
+    p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
+    return jnp.einsum(
+        "BHLS,BSHK->BLHK", p_BHLS, v_BSHK, preferred_element_type=jnp.float32
+    ).astype(q_BLHK.dtype)
+
+
+KERNELS: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}
+
+
+def get_kernel(name: str) -> Callable[..., jax.Array]:
+    """The attention function called `name`; BadInput names those that exist."""
+    if name not in KERNELS:
+        raise BadInput(f"no attention kernel {name!r}; there are: {', '.join(KERNELS)}")
+    return KERNELS[name]

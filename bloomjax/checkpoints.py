@@ -1,0 +1,220 @@
+"""Checkpoints of weights, optimizer and data position: saved asynchronously, verified leaf by leaf when restored.
+
+A checkpoint is `checkpoints/<step>/` with two Orbax items: `state` (TrainState) and `position` (JSON: what `train` needs to
+go on, and a fingerprint of every leaf). Orbax itself restores a flipped bit without a word, so each leaf is compared with its
+fingerprint, which does not depend on how the leaf is sharded.
+"""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from bloomjax.errors import BadInput
+
+
+def _leaf_fingerprint(x: jax.Array) -> jax.Array:
+    """uint32 sum over elements of mix(bits, index): any order of summing, so any sharding, gives the same value."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for d in reversed(range(x.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, d) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[d]
+    h = (bits ^ (index * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 15)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 13), dtype=jnp.uint32)
+
+
+@jax.jit
+def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_leaf_fingerprint(x) for x in leaves]
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """A 32-bit fingerprint of every leaf by its path; equal bits give equal numbers on any mesh."""
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
+    values = jax.device_get(_fingerprints(list(leaves)))
+    return {
+        jax.tree_util.keystr(path): int(v) for path, v in zip(paths, values, strict=True)
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        *,
+        save_every_steps: int,
+        keep_last: int = 3,
+        keep_every_steps: int | None = None,
+    ):
+        """Keeps the `keep_last` newest, and for ever those whose step is a multiple of `keep_every_steps`."""
+        if save_every_steps < 1 or keep_last < 1:
+            raise BadInput(
+                f"save_every_steps and keep_last must be at least 1, got {save_every_steps} and {keep_last}"
+            )
+        self.save_every_steps = save_every_steps
+        self._keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
+        if keep_every_steps:
+            self._keep.append(policies.EveryNSteps(keep_every_steps))
+        self._manager: ocp.CheckpointManager | None = None
+        self.directory: Path | None = None
+
+    def open(self, directory: Path | str) -> None:
+        """Looks at what is there; removes what a killed save left behind."""
+        self.directory = Path(directory).resolve()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "position"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(self._keep),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                # `train` decides when to save.
+                should_save_fn=lambda step, latest: latest is None or step > latest,
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    @property
+    def manager(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            raise RuntimeError("Checkpoints.open was not called")
+        return self._manager
+
+    def is_due(self, step: int) -> bool:
+        return step % self.save_every_steps == 0
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Copies the state to the host and returns; the writing goes on behind. A step that is there is not rewritten."""
+        if step in self.manager.all_steps():
+            return
+        position = {**position, "step": step, "fingerprints": fingerprints(state)}
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+            ),
+        )
+
+    def restore(
+        self, abstract_state: Any, check_position: Callable[[dict[str, Any]], None]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """The newest checkpoint that is whole, on the mesh of `abstract_state`; None if there is none at all.
+
+        `check_position` may refuse a checkpoint of another run by raising BadInput. A damaged checkpoint is put aside as
+        `damaged-<step>` and the one before is taken; BadInput if all are damaged.
+        """
+        steps = self.steps()[::-1]
+        problems = []
+        for step in steps:
+            try:
+                position = self._restore_position(step)
+                check_position(position)
+                state = self._restore_state(step, abstract_state, position)
+            except BadInput:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                problem = f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}"
+                logging.error("%s", problem)
+                problems.append((step, problem))
+                continue
+            for damaged, _ in problems:
+                self._put_aside(damaged)
+            return state, position
+        if problems:
+            raise BadInput(f"{problems[0][1]} (and no other of the steps {steps} can be restored)")
+        return None
+
+    def read_position(self, step: int | None = None) -> dict[str, Any]:
+        """The position saved with `step` (the newest by default). BadInput names the steps that exist."""
+        steps = self.steps()
+        if not steps or (step is not None and step not in steps):
+            wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise BadInput(f"{wanted} in {self.directory}; there are: {', '.join(map(str, steps)) or 'none'}")  # fmt: skip
+        return self._restore_position(steps[-1] if step is None else step)
+
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """Only the parameters of `step`, verified; for inference. BadInput if they are damaged or of another model."""
+        assert self.directory is not None
+        position = self._restore_position(step)
+        item = {"params": abstract_params}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            try:
+                restored = checkpointer.restore(
+                    self.directory / str(step) / "state",
+                    args=ocp.args.PyTreeRestore(
+                        item=item, restore_args=restore_args, partial_restore=True
+                    ),
+                )
+                _verify(restored["params"], abstract_params, position, prefix=".params")
+            except Exception as error:
+                raise BadInput(f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}") from error  # fmt: skip
+        return restored["params"]
+
+    def wait(self) -> None:
+        """Until what is being saved is on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
+            self._manager = None
+
+    def _restore_position(self, step: int) -> dict[str, Any]:
+        restored = self.manager.restore(
+            step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
+        )
+        return restored["position"]
+
+    def _restore_state(self, step: int, abstract_state: Any, position: dict[str, Any]) -> Any:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        state = self.manager.restore(step, args=args)["state"]
+        _verify(state, abstract_state, position)
+        return state
+
+    def _put_aside(self, step: int) -> None:
+        """Renamed, not deleted: an on-call engineer may want to look."""
+        assert self.directory is not None
+        if jax.process_index() == 0:
+            target = self.directory / f"damaged-{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                (self.directory / str(step)).rename(target)
+        self.manager.reload()
+
+
+def _verify(state: Any, abstract_state: Any, position: dict[str, Any], prefix: str = "") -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    for (path, x), want in zip(leaves, jax.tree.leaves(abstract_state), strict=True):
+        if (x.shape, x.dtype) != (want.shape, want.dtype):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, should be {want.dtype}{list(want.shape)}")  # fmt: skip
+    saved = position["fingerprints"]
+    wrong = [name for name, value in fingerprints(state).items() if saved.get(prefix + name) != value]
+    if wrong:
+        raise ValueError(f"content differs from its fingerprint in {len(wrong)} arrays: {', '.join(wrong[:3])}")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {text[:200]}"

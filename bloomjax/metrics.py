@@ -1,0 +1,164 @@
+"""What a run writes down: metrics.jsonl, journal.jsonl, event files, and the progress a person watches."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from bloomjax.errors import BadInput
+
+
+class ScalarWriter(Protocol):
+    """The part of clu.metric_writers.MetricWriter that a run needs; clu's own writers fit (they load TensorFlow)."""
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None: ...
+    def write_texts(self, step: int, texts: dict[str, str]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class EventFileWriter:
+    """TensorBoard event files through tensorboardX, without TensorFlow, behind clu's writer interface."""
+
+    def __init__(self, logdir: str):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(logdir)
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        for name, text in texts.items():
+            self._writer.add_text(name, text, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def clu_writer(logdir: str) -> ScalarWriter:
+    """clu's default writer (event files and the log). Loads TensorFlow: only for those who bind it in gin."""
+    from clu import metric_writers
+
+    return metric_writers.create_default_writer(logdir)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON object as one line, in one write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class Journal:
+    """journal.jsonl: starts, restores, saves, stops, incidents; a line each, never rewritten."""
+
+    def __init__(self, model_dir: Path, enabled: bool = True):
+        self._path = model_dir / "journal.jsonl"
+        self._enabled = enabled
+
+    def write(self, event: str, **fields: Any) -> None:
+        if self._enabled:
+            append_line(self._path, {"time": round(time.time(), 3), "event": event, **fields})
+
+
+class MetricsFile:
+    """metrics.jsonl holds each step once: what a resume supersedes moves to metrics.superseded.jsonl."""
+
+    def __init__(self, model_dir: Path, enabled: bool = True):
+        self._path = model_dir / "metrics.jsonl"
+        self._superseded = model_dir / "metrics.superseded.jsonl"
+        self._enabled = enabled
+
+    def resume_after(self, step: int) -> None:
+        """Cuts lines of steps after `step`, and a line that a crash left unfinished."""
+        if not self._enabled or not self._path.exists():
+            return
+        kept, cut = [], []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                is_kept = line.endswith("\n") and json.loads(line)["step"] <= step
+            except (json.JSONDecodeError, KeyError, TypeError):
+                is_kept = False
+            (kept if is_kept else cut).append(line if line.endswith("\n") else line + "\n")
+        if not cut:
+            return
+        with self._superseded.open("a", encoding="utf-8") as file:
+            file.writelines(cut)
+        beside = self._path.with_suffix(".jsonl.tmp")
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, self._path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._enabled:
+            append_line(self._path, record)
+
+    def has(self, step: int) -> bool:
+        """Whether the newest record is that of `step`."""
+        if not self._path.exists():
+            return False
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        return bool(lines) and json.loads(lines[-1])["step"] == step
+
+    def first_and_last_with(self, key: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The first and the last record that has `key`."""
+        if not self._path.exists():
+            return None
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        records = [record for record in map(json.loads, lines) if key in record]
+        return (records[0], records[-1]) if records else None
+
+
+class Progress:
+    """One line on a terminal that rewrites itself; in a log, one line every `log_seconds`."""
+
+    def __init__(self, first_step: int, num_steps: int, enabled: bool = True, log_seconds: float = 15.0):
+        from tqdm import tqdm
+
+        self._tty = sys.stderr.isatty()
+        self._enabled = enabled
+        self._log_seconds = log_seconds
+        self._last_log = 0.0
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", dynamic_ncols=True,
+            disable=not (enabled and self._tty), smoothing=0.05,
+        )  # fmt: skip
+        self._num_steps = num_steps
+        self._started, self._first_step = time.monotonic(), first_step
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        if not self._enabled:
+            return
+        if self._tty:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last_log >= self._log_seconds or step == self._num_steps:
+            self._last_log = now
+            rate = (now - self._started) / max(1, step - self._first_step)
+            eta = int(rate * (self._num_steps - step))
+            print(
+                f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+                f"ETA {eta // 3600}:{eta % 3600 // 60:02d}:{eta % 60:02d}",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def check_writable(model_dir: Path) -> None:
+    """Makes MODEL_DIR. BadInput if it is a file or cannot be written."""
+    try:
+        model_dir.mkdir(parents=True, exist_ok=True)
+        probe = model_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"MODEL_DIR {model_dir} cannot be written: {error.strerror}") from error

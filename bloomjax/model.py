@@ -1,0 +1,345 @@
+"""BLOOM: embedding -> LayerNorm -> pre-LN blocks with ALiBi -> LayerNorm -> tied logits.
+
+Linen declares parameters, initializers and logical axes; what is computed stands in functions of arrays.
+Dimension key: B batch, L query length, S key length, V vocabulary, D emb_dim, H heads, K head_dim, F mlp_dim,
+c the three of q, k, v. Arrays end in their letters.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from bloomjax import partitioning
+from bloomjax.attention import alibi_slopes, cached_attention, get_kernel
+from bloomjax.errors import BadInput
+from bloomjax.partitioning import constrain_activation
+
+# What a layer keeps for its backward pass. `minimal` keeps the results of matmuls and the residual streams (20 D bytes
+# a token and layer in bf16) and recomputes norms and GELU; `full` keeps the layer's input only; `none` recomputes nothing.
+REMAT_POLICIES = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.save_only_these_names(
+        "qkv", "context", "residual", "pre_gelu"
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BloomConfig:
+    """Shape and numerics of a BLOOM.
+
+    Attributes:
+      vocab_size: rows of the embedding, padding rows included (250,880 for BLOOM's 250,680 tokens).
+      num_tokens_in_vocab: tokens the vocabulary has; only needed by mask_padding_vocab.
+      mask_padding_vocab: give padding rows no probability. BLOOM and transformers do not.
+      mlp_dim: None means 4 * emb_dim.
+      dtype: of the compute ("bfloat16" or "float32"); parameters are always float32.
+      init_std: of all matrices; the two that write to the residual stream use init_std / sqrt(2 num_layers).
+      hidden_dropout_rate: on the embedding and on both residual branches. attention_dropout_rate: on the probabilities.
+      attention_kernel: a name of attention.KERNELS.
+      remat_policy: a name of REMAT_POLICIES.
+      scan_layers: compile one layer and loop over it; False unrolls (faster steps, slower compile). Same parameters.
+      expected_params: refused if the parameter count differs; None does not check.
+    """
+
+    vocab_size: int
+    num_layers: int
+    emb_dim: int
+    num_heads: int
+    mlp_dim: int | None = None
+    num_tokens_in_vocab: int | None = None
+    mask_padding_vocab: bool = False
+    dtype: str = "bfloat16"
+    init_std: float = 0.0048
+    layer_norm_epsilon: float = 1e-5
+    hidden_dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
+    attention_kernel: str = "xla"
+    remat_policy: str = "none"
+    scan_layers: bool = True
+    expected_params: int | None = None
+
+    def __post_init__(self):
+        if self.emb_dim % self.num_heads:
+            near = [n for n in range(1, self.emb_dim + 1) if self.emb_dim % n == 0]
+            near = sorted(near, key=lambda n: abs(n - self.num_heads))[:2]
+            raise BadInput(
+                f"num_heads={self.num_heads} does not divide emb_dim={self.emb_dim}; near it "
+                f"{' and '.join(map(str, sorted(near)))} do"
+            )
+        if self.remat_policy not in REMAT_POLICIES:
+            raise BadInput(f"no remat_policy {self.remat_policy!r}; there are: {', '.join(REMAT_POLICIES)}")  # fmt: skip
+        if self.dtype not in ("bfloat16", "float32"):
+            raise BadInput(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        if self.mask_padding_vocab and self.num_tokens_in_vocab is None:
+            raise BadInput("mask_padding_vocab needs num_tokens_in_vocab, the number of real tokens")
+        get_kernel(self.attention_kernel)
+
+    @property
+    def head_dim(self) -> int:
+        return self.emb_dim // self.num_heads
+
+    @property
+    def num_valid_tokens(self) -> int | None:
+        """From which column on logits are masked; None for nowhere."""
+        return self.num_tokens_in_vocab if self.mask_padding_vocab else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def dense(spec: str, names: tuple[str | None, ...], x, w, b):
+    """einsum(spec, x, w) + b in x's dtype, accumulated in float32; the bias is added before rounding.
+
+    `x` begins with B, L; `w` is the float32 master weight with logical axes `names`, cast and then gathered over `fsdp`;
+    `b` has w's output dimensions. Backward, too, every matmul has operands of x's dtype: autodiff of a float32
+    accumulation would make them float32 x float32. The weight gradient leaves in float32, laid out as the parameter is.
+    """
+    return _dense_forward(spec, names, x, w, b)[0]
+
+
+def _gathered(names, w, dtype):
+    return partitioning.constrain(w.astype(dtype), partitioning.gathered_spec(names))
+
+
+def _dense_forward(spec, names, x, w, b):
+    y = jnp.einsum(spec, x, _gathered(names, w, x.dtype), preferred_element_type=jnp.float32)
+    y = y + b[(None,) * (y.ndim - b.ndim)]
+    return y.astype(x.dtype), (x, w)
+
+
+def _dense_backward(spec, names, residuals, g):
+    x, w = residuals
+    inputs, out = spec.split("->")
+    x_dims, w_dims = inputs.split(",")
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dx = dot(f"{out},{w_dims}->{x_dims}", g, _gathered(names, w, x.dtype)).astype(x.dtype)
+    dw = dot(f"{x_dims},{out}->{w_dims}", x, g)
+    dw = partitioning.constrain(dw, partitioning.parameter_spec(names))
+    return dx, dw, jnp.sum(g.astype(jnp.float32), axis=(0, 1))
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def embed(dtype, table_VD, tokens_BL):
+    """Rows of the float32 table in `dtype` [B, L, D], the sequence split over `tensor`.
+
+    Each device looks up in its slice of the vocabulary: the table is gathered over `fsdp` in `dtype`, never over
+    `tensor`. Gradients of equal tokens are added in float32.
+    """
+    return _embed_forward(dtype, table_VD, tokens_BL)[0]
+
+
+def _lookup(on_mesh, table_VD, tokens_BL):
+    if not on_mesh:
+        return jnp.take(table_VD, tokens_BL, axis=0)
+    tokens_BL = tokens_BL - jax.lax.axis_index("tensor") * table_VD.shape[0]
+    mine_BL = (tokens_BL >= 0) & (tokens_BL < table_VD.shape[0])
+    x_BLD = jnp.take(table_VD, jnp.where(mine_BL, tokens_BL, 0), axis=0)
+    x_BLD = jnp.where(mine_BL[..., None], x_BLD, 0)
+    return jax.lax.psum_scatter(x_BLD, "tensor", scatter_dimension=1, tiled=True)
+
+
+def _scatter_add(on_mesh, num_rows, g_BLD, tokens_BL):
+    if on_mesh:
+        g_BLD = jax.lax.all_gather(g_BLD, "tensor", axis=1, tiled=True)
+        tokens_BL = tokens_BL - jax.lax.axis_index("tensor") * num_rows
+        # `drop` takes what lies beyond the slice; what lies before it would count from the end.
+        tokens_BL = jnp.where(tokens_BL < 0, num_rows, tokens_BL)
+    dtable_VD = jnp.zeros((num_rows, g_BLD.shape[-1]), jnp.float32)
+    dtable_VD = dtable_VD.at[tokens_BL].add(g_BLD.astype(jnp.float32), mode="drop")
+    if on_mesh:
+        dtable_VD = jax.lax.psum_scatter(dtable_VD, "fsdp", scatter_dimension=1, tiled=True)
+        dtable_VD = jax.lax.psum(dtable_VD, "data")
+    return dtable_VD
+
+
+def _embed_forward(dtype, table_VD, tokens_BL):
+    mesh = jax.sharding.get_abstract_mesh()
+    lookup = functools.partial(_lookup, not mesh.empty)
+    if not mesh.empty:
+        rows, residual = P(partitioning.BATCH_AXES), P(partitioning.BATCH_AXES, "tensor")
+        lookup = jax.shard_map(
+            lookup, in_specs=(P("tensor"), rows), out_specs=residual, check_vma=False
+        )
+    return lookup(table_VD.astype(dtype), tokens_BL), (tokens_BL, table_VD.shape[0])
+
+
+def _embed_backward(dtype, residuals, g_BLD):
+    del dtype
+    tokens_BL, vocab_size = residuals
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _scatter_add(False, vocab_size, g_BLD, tokens_BL), None
+    rows, residual = P(partitioning.BATCH_AXES), P(partitioning.BATCH_AXES, "tensor")
+    scatter_add = functools.partial(_scatter_add, True, vocab_size // mesh.shape["tensor"])
+    return jax.shard_map(
+        scatter_add, in_specs=(residual, rows), out_specs=P("tensor", "fsdp"), check_vma=False
+    )(g_BLD, tokens_BL), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+def layer_norm(x_BLD, scale_D, bias_D, epsilon: float):
+    """LayerNorm over D in float32, returned in x's dtype."""
+    x32_BLD = x_BLD.astype(jnp.float32)
+    mean_BL1 = jnp.mean(x32_BLD, axis=-1, keepdims=True)
+    variance_BL1 = jnp.mean(jnp.square(x32_BLD - mean_BL1), axis=-1, keepdims=True)
+    y_BLD = (x32_BLD - mean_BL1) * jax.lax.rsqrt(variance_BL1 + epsilon)
+    return (y_BLD * scale_D[None, None] + bias_D[None, None]).astype(x_BLD.dtype)
+
+
+def gelu(x):
+    """GELU in its tanh form, as BLOOM's (0.79788456 = sqrt(2/pi), 0.044715), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    y = 0.5 * x32 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x32 + 0.044715 * x32**3)))
+    return y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BLD):
+        names, shape = ("norm",), (x_BLD.shape[-1],)
+        scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, names), shape)
+        bias_D = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, names), shape)
+        return layer_norm(x_BLD, scale_D, bias_D, self.epsilon)
+
+
+class Dense(nn.Module):
+    """Declares kernel and bias of one `dense`. `names` and `shape` are the kernel's; the bias has its last dimensions."""
+
+    spec: str
+    names: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    bias_names: tuple[str | None, ...]
+    std: float
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.names)
+        w = self.param("kernel", init, self.shape, jnp.float32)
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names)
+        bias_shape = self.shape[len(self.shape) - len(self.bias_names) :]
+        b = self.param("bias", bias_init, bias_shape, jnp.float32)
+        return dense(self.spec, self.names, x, w, b)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: BloomConfig
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x_BLD, start, k_valid_BS):
+        """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py); None in training."""
+        c = self.config
+        D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_dim or 4 * c.emb_dim
+        out_std = c.init_std / math.sqrt(2 * c.num_layers)
+        dropout = nn.Dropout(c.hidden_dropout_rate, deterministic=self.deterministic)
+
+        h_BLD = LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x_BLD)
+        h_BLD = constrain_activation(h_BLD, "batch", "length", "embed")
+        qkv_BLcHK = Dense(
+            "BLD,DcHK->BLcHK", ("embed", "qkv", "heads", "kv"), (D, 3, H, K), ("qkv", "heads", "kv"),
+            c.init_std, name="qkv",
+        )(h_BLD)  # fmt: skip
+        qkv_BLcHK = constrain_activation(qkv_BLcHK, "batch", "length", "qkv", "heads", "kv")
+        qkv_BLcHK = checkpoint_name(qkv_BLcHK, "qkv")
+        q, k, v = (qkv_BLcHK[:, :, i] for i in range(3))
+        context_BLHK = checkpoint_name(self._attend(q, k, v, start, k_valid_BS), "context")
+        context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
+        y_BLD = Dense(
+            "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), out_std, name="out"
+        )(context_BLHK)
+        y_BLD = constrain_activation(y_BLD, "batch", "residual_length", "embed")
+        x_BLD = checkpoint_name(x_BLD + dropout(y_BLD), "residual")
+
+        h_BLD = LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x_BLD)
+        h_BLD = constrain_activation(h_BLD, "batch", "length", "embed")
+        h_BLF = Dense("BLD,DF->BLF", ("embed", "mlp"), (D, F), ("mlp",), c.init_std, name="mlp_in")(
+            h_BLD
+        )
+        h_BLF = constrain_activation(h_BLF, "batch", "length", "mlp")
+        h_BLF = gelu(checkpoint_name(h_BLF, "pre_gelu"))
+        y_BLD = Dense("BLF,FD->BLD", ("mlp", "embed"), (F, D), ("norm",), out_std, name="mlp_out")(
+            h_BLF
+        )
+        y_BLD = constrain_activation(y_BLD, "batch", "residual_length", "embed")
+        return checkpoint_name(x_BLD + dropout(y_BLD), "residual"), None
+
+    def _attend(self, q_BLHK, k_BLHK, v_BLHK, start, k_valid_BS):
+        c = self.config
+        slopes_H = jnp.asarray(alibi_slopes(c.num_heads), jnp.float32)
+        if k_valid_BS is None:
+            rate = 0.0 if self.deterministic else c.attention_dropout_rate
+            return get_kernel(c.attention_kernel)(
+                q_BLHK, k_BLHK, v_BLHK, slopes_H, dropout_rate=rate,
+                dropout_rng=self.make_rng("dropout") if rate else None,
+            )  # fmt: skip
+        B, _, H, K = k_BLHK.shape
+        shape = (B, k_valid_BS.shape[1], H, K)
+        keys = self.variable("cache", "keys", jnp.zeros, shape, k_BLHK.dtype)
+        values = self.variable("cache", "values", jnp.zeros, shape, v_BLHK.dtype)
+        keys.value = jax.lax.dynamic_update_slice(keys.value, k_BLHK, (0, start, 0, 0))
+        values.value = jax.lax.dynamic_update_slice(values.value, v_BLHK, (0, start, 0, 0))
+        return cached_attention(
+            q_BLHK, keys.value, values.value, slopes_H, start=start, k_valid_BS=k_valid_BS
+        )
+
+
+class Bloom(nn.Module):
+    """The whole model: token ids to final hidden states, and hidden states to logits."""
+
+    config: BloomConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
+        self.embedding_VD = self.param("embedding", init, (c.vocab_size, c.emb_dim), jnp.float32)
+        self.embedding_norm = LayerNorm(c.layer_norm_epsilon)
+        self.final_norm = LayerNorm(c.layer_norm_epsilon)
+        self.embedding_dropout = nn.Dropout(c.hidden_dropout_rate)
+
+    @nn.compact
+    def __call__(self, tokens_BL, *, deterministic: bool = True, start=None, k_valid_BS=None):
+        """Final hidden states [B, L, D] of int32 tokens. With `k_valid_BS` it decodes on the cache from `start` on."""
+        c = self.config
+        x_BLD = embed(c.dtype, self.embedding_VD, tokens_BL)
+        x_BLD = self.embedding_norm(x_BLD)
+        x_BLD = self.embedding_dropout(x_BLD, deterministic=deterministic)
+        x_BLD = constrain_activation(x_BLD, "batch", "residual_length", "embed")
+        block = Block
+        if c.remat_policy != "none":
+            policy = REMAT_POLICIES[c.remat_policy]
+            block = nn.remat(Block, policy=policy, prevent_cse=not c.scan_layers)
+        x_BLD, _ = nn.scan(
+            block,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            unroll=1 if c.scan_layers else c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, deterministic, name="layers")(x_BLD, start, k_valid_BS)
+        return constrain_activation(self.final_norm(x_BLD), "batch", "length", "embed")
+
+    def logits(self, x_BLD) -> jax.Array:
+        """float32 logits [B, L, V] of final hidden states; for decoding and tests, training uses losses.py."""
+        c = self.config
+        w_VD = self.embedding_VD.astype(x_BLD.dtype)
+        logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, w_VD, preferred_element_type=jnp.float32)
+        if c.num_valid_tokens is not None:
+            valid_11V = (jnp.arange(c.vocab_size) < c.num_valid_tokens)[None, None]
+            logits_BLV = jnp.where(valid_11V, logits_BLV, -jnp.inf)
+        return logits_BLV

@@ -1,0 +1,181 @@
+"""One training step as a function of (model, optimizer, mesh, batch shape): what train runs and plan compiles.
+
+Nothing here asks for devices or makes an array; the mesh may be of absent ones.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bloomjax import partitioning
+from bloomjax.losses import linear_cross_entropy
+from bloomjax.model import Bloom
+
+Batch = dict[str, jax.Array]  # tokens: int32 [B, L + 1]; weights: float32 [B]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32, finished steps. params: float32 master weights. opt_state: optax's, sharded like params."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step is computed; only z_loss changes what.
+
+    Attributes:
+      microbatch_size: rows a batch shard works on at a time; None takes the whole batch at once. Gradients are
+        accumulated in float32.
+      z_loss: weight of logsumexp^2.
+      loss_chunk_tokens: tokens of one device whose logits exist at a time.
+    """
+
+    microbatch_size: int | None = None
+    z_loss: float = 0.0
+    loss_chunk_tokens: int = 1024
+
+    def row_multiple(self, mesh: Mesh) -> int:
+        """A batch has a multiple of this many rows."""
+        return partitioning.num_batch_shards(mesh) * (self.microbatch_size or 1)
+
+
+def init_state(model: Bloom, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before step 1. Run it under jit with the shardings of `abstract_state`, so that no device holds all of
+    it, and outside `jax.set_mesh`: one token cannot be split over a mesh. Values do not depend on the mesh.
+    """
+    tokens_BL = jnp.zeros((1, 1), jnp.int32)
+    params = nn.unbox(model.init(jax.random.key(seed), tokens_BL))["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_state(model: Bloom, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; called outside `jax.set_mesh`.
+
+    A parameter with a logical axis that has no rule is an error.
+    """
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = nn.unbox(boxed)
+
+    def sharding(names):
+        return NamedSharding(mesh, partitioning.parameter_spec(names))
+
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    params = jax.tree.map(sharding, nn.get_partition_spec(boxed), is_leaf=is_spec)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    opt_shapes = jax.eval_shape(optimizer.init, shapes)
+    opt = optax.tree_map_params(
+        optimizer, lambda _, s: s, opt_shapes, params, transform_non_params=lambda _: replicated
+    )
+
+    def with_sharding(shape, s):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s)
+
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+        params=jax.tree.map(with_sharding, shapes, params),
+        opt_state=jax.tree.map(with_sharding, opt_shapes, opt),
+    )
+
+
+def abstract_batch(num_rows: int, sequence_length: int, mesh: Mesh) -> Batch:
+    """Shapes and shardings of a batch."""
+    rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
+    return {
+        "tokens": jax.ShapeDtypeStruct((num_rows, sequence_length + 1), jnp.int32, sharding=rows),
+        "weights": jax.ShapeDtypeStruct((num_rows,), jnp.float32, sharding=rows),
+    }
+
+
+def row_losses(model: Bloom, options: StepOptions, params, batch: Batch, weights_BL, dropout_rng=None):
+    """Weighted loss sum (differentiable) and the loss in nats of each token [B, L]."""
+    tokens = batch["tokens"]
+    rngs = None if dropout_rng is None else {"dropout": dropout_rng}
+    x_BLD = model.apply(
+        {"params": params}, tokens[:, :-1], deterministic=dropout_rng is None, rngs=rngs
+    )
+    return linear_cross_entropy(
+        x_BLD,
+        params["embedding"],
+        tokens[:, 1:],
+        weights_BL,
+        z_loss=options.z_loss,
+        chunk_tokens=options.loss_chunk_tokens,
+        num_tokens_in_vocab=model.config.num_valid_tokens,
+    )
+
+
+def make_train_step(
+    model: Bloom, optimizer: optax.GradientTransformation, options: StepOptions, mesh: Mesh
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """train_step(state, batch, learning_rate, dropout_key) -> (new state, {"loss", "grad_norm"}).
+
+    The loss is the mean over tokens of rows of weight 1; filling rows and microbatches leave it and the gradient as
+    they are. `grad_norm` is the global L2 norm before clipping.
+    """
+    config = model.config
+    has_dropout = config.hidden_dropout_rate > 0 or config.attention_dropout_rate > 0
+
+    def loss_and_grads(params, batch, token_weight, key):
+        weights_BL = jnp.broadcast_to(
+            (batch["weights"] * token_weight)[:, None], (len(batch["weights"]), batch["tokens"].shape[1] - 1)
+        )  # fmt: skip
+        loss_fn = lambda p: row_losses(model, options, p, batch, weights_BL, key)[0]  # noqa: E731
+        return jax.value_and_grad(loss_fn)(params)
+
+    def train_step(state, batch, learning_rate, dropout_key):
+        num_rows, length = batch["tokens"].shape
+        token_weight = 1.0 / (jnp.sum(batch["weights"]) * (length - 1))
+        key = jax.random.fold_in(dropout_key, state.step) if has_dropout else None
+        shards = partitioning.num_batch_shards(mesh)
+        num_microbatches = num_rows // (shards * options.microbatch_size) if options.microbatch_size else 1
+        if num_microbatches == 1:
+            loss, grads = loss_and_grads(state.params, batch, token_weight, key)
+        else:
+            loss, grads = accumulate(state.params, batch, token_weight, key, num_microbatches)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def accumulate(params, batch, token_weight, key, num_microbatches):
+        # Row r goes to microbatch r % M, so that each device splits its own rows and none move.
+        def split(a):
+            a = a.reshape(a.shape[0] // num_microbatches, num_microbatches, *a.shape[1:])
+            return jnp.swapaxes(a, 0, 1)
+
+        def body(total, inputs):
+            number, microbatch = inputs
+            microbatch = {k: partitioning.constrain_activation(v, "batch", *(None,) * (v.ndim - 1))
+                          for k, v in microbatch.items()}  # fmt: skip
+            micro_key = None if key is None else jax.random.fold_in(key, number)
+            part = loss_and_grads(params, microbatch, token_weight, micro_key)
+            return jax.tree.map(jnp.add, total, part), None
+
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        inputs = (jnp.arange(num_microbatches), jax.tree.map(split, batch))
+        return jax.lax.scan(body, zeros, inputs)[0]
+
+    return train_step
+
+
+def make_eval_step(model: Bloom, options: StepOptions) -> Callable[[Any, Batch], jax.Array]:
+    """eval_step(params, batch) -> mean loss in nats a token of each row, float32 [B]."""
+
+    def eval_step(params, batch):
+        B, length = batch["tokens"].shape
+        _, nll_BL = row_losses(model, options, params, batch, jnp.ones((B, length - 1), jnp.float32))
+        return jnp.mean(nll_BL, axis=1)
+
+    return eval_step

@@ -1,0 +1,317 @@
+"""Text to token ids and back: one implementation for training, evaluation and export.
+
+Two kinds of vocabulary behind one interface: SentencePiece models (`.model`) read by the Python
+`sentencepiece` package, and byte-level BPE (`tokenizer.json`, BLOOM's own) read by `tokenizers`.
+Both reproduce any text exactly and reserve the ids BLOOM reserves: 0 `<unk>`, 1 `<s>`, 2 `</s>`,
+3 `<pad>`.
+"""
+
+import hashlib
+import io
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from bloomjax.errors import BadInput
+
+UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
+
+# SentencePiece writes spaces as U+2581, so this one character cannot stand for itself in a piece.
+_SPACE_MARK = "\u2581"
+# Newlines, tabs and the space mark become byte tokens; the trainer must not see them.
+_NOT_IN_PIECES = re.compile("[\n\r\t\0\u2581]+")
+# The trainer keeps a line in memory as a whole and drops the ones above its limit.
+_MAX_TRAINING_LINE_CHARACTERS = 4096
+_NUM_FIXED_PIECES = 4 + 256
+
+
+class Vocabulary(Protocol):
+    """What the trainer, the token store and the decoder need of a vocabulary."""
+
+    unk_id: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    @property
+    def size(self) -> int:
+        """Number of token ids; ids are 0 ... size - 1."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary file, as 64 hexadecimal digits."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The file the vocabulary was read from."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without `<s>` and `</s>`."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, faster."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; `<s>`, `</s>` and `<pad>` vanish."""
+        ...
+
+
+class SentencePieceVocabulary:
+    """A SentencePiece model with byte fallback; `decode(encode(text)) == text` for every text.
+
+    Raises:
+      BadInput: the file is missing, is no SentencePiece model, or has other special ids.
+    """
+
+    unk_id, bos_id, eos_id, pad_id = UNK_ID, BOS_ID, EOS_ID, PAD_ID
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        data = _read_vocabulary_file(self.path)
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except (RuntimeError, ValueError, OSError):
+            raise BadInput(f"{self.path} is not a SentencePiece model") from None
+        model = self._model
+        _check_special_ids(
+            self.path, model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()
+        )
+        mark_bytes = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode()]
+        self._mark_ids = [model.piece_to_id(piece) for piece in mark_bytes]
+        if not all(model.is_byte(i) for i in self._mark_ids):
+            raise BadInput(
+                f"{self.path} has no byte fallback: it would lose the characters it does not know"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of token ids."""
+        return self._model.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without `<s>` and `</s>`."""
+        if _SPACE_MARK not in text:
+            return self._model.encode(text)
+        parts = text.split(_SPACE_MARK)
+        ids = self._model.encode(parts[0])
+        for part in parts[1:]:
+            ids += self._mark_ids
+            ids += self._model.encode(part)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; invalid UTF-8 from byte tokens becomes U+FFFD."""
+        return self._model.decode([int(i) for i in ids])
+
+
+class ByteLevelBPEVocabulary:
+    """Byte-level BPE in a Hugging Face `tokenizer.json`, such as BLOOM's own.
+
+    Special tokens written out in a text (`</s>`) are encoded as ordinary text.
+
+    Raises:
+      BadInput: the file is missing, is no tokenizer.json, or has other special ids.
+    """
+
+    unk_id, bos_id, eos_id, pad_id = UNK_ID, BOS_ID, EOS_ID, PAD_ID
+
+    def __init__(self, path: str | os.PathLike[str]):
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise BadInput(
+                f"{path} needs the package `tokenizers`: pip install tokenizers"
+            ) from None
+        self.path = Path(path)
+        data = _read_vocabulary_file(self.path)
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BadInput(f"{self.path} is not a tokenizer.json: {_one_line(error)}") from None
+        names = ("<unk>", "<s>", "</s>", "<pad>")
+        _check_special_ids(self.path, *(self._tokenizer.token_to_id(name) for name in names))
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without `<s>` and `</s>`."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; special tokens vanish, invalid UTF-8 becomes U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def open_vocabulary(
+    path: str | os.PathLike[str],
+) -> SentencePieceVocabulary | ByteLevelBPEVocabulary:
+    """Opens a SentencePiece `.model` or a `tokenizer.json`, by the name of the file.
+
+    Raises:
+      BadInput: the name has neither ending, or the file cannot be used.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".model":
+        return SentencePieceVocabulary(path)
+    if suffix == ".json":
+        return ByteLevelBPEVocabulary(path)
+    raise BadInput(
+        f"{path} is no vocabulary: expected a SentencePiece file *.model or a tokenizer.json"
+    )
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    path: str | os.PathLike[str],
+    vocab_size: int,
+    *,
+    character_coverage: float = 0.9995,
+    num_threads: int = 4,
+) -> SentencePieceVocabulary:
+    """Trains a SentencePiece BPE vocabulary on `texts`, writes it to `path` and opens it.
+
+    The same texts give the same bytes. Nothing is normalised, digits stand alone, runs of spaces
+    may be one piece, and whatever has no piece (rare characters, newlines, tabs) becomes bytes.
+    BPE rather than unigram: `tokenizers` then segments an exported model identically.
+
+    Args:
+      texts: documents; all of them are held in memory by the trainer.
+      path: the `.model` file to write; it must not exist.
+      vocab_size: number of token ids, the 4 special ids and 256 bytes included.
+      character_coverage: share of the characters of the text that get a piece of their own.
+      num_threads: threads of the trainer.
+
+    Raises:
+      BadInput: the file exists, there is no text, or `vocab_size` does not suit the text.
+    """
+    path = Path(path)
+    if path.suffix != ".model":
+        raise BadInput(f"the name of a SentencePiece vocabulary must end in .model: {path}")
+    if vocab_size <= _NUM_FIXED_PIECES:
+        raise BadInput(
+            f"VOCAB_SIZE {vocab_size} is too small: 4 special tokens and 256 bytes come first"
+        )
+    if path.exists():
+        raise BadInput(f"{path} exists already and is not overwritten")
+    lines = _training_lines(texts)
+    first = next(lines, None)
+    if first is None:
+        raise BadInput(f"there is no text to train the vocabulary {path} on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=character_coverage,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=PAD_ID,
+            max_sentence_length=8 * _MAX_TRAINING_LINE_CHARACTERS,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _bad_vocab_size(vocab_size, error) from None
+    _write_then_rename(path, model.getvalue())
+    return SentencePieceVocabulary(path)
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in _NOT_IN_PIECES.split(text):
+            for start in range(0, len(line), _MAX_TRAINING_LINE_CHARACTERS):
+                yield line[start : start + _MAX_TRAINING_LINE_CHARACTERS]
+
+
+def _bad_vocab_size(vocab_size: int, error: Exception) -> BadInput:
+    message = _one_line(error)
+    largest = re.search(r"value <= (\d+)", message)
+    if largest:
+        return BadInput(
+            f"VOCAB_SIZE {vocab_size} is too large for this text: "
+            f"at most {largest.group(1)} pieces can be made of it"
+        )
+    smallest = re.search(r"(\d+) vs (\d+)", message)
+    if smallest and "required_chars" in message:
+        num_required = max(int(smallest.group(1)), int(smallest.group(2)))
+        return BadInput(
+            f"VOCAB_SIZE {vocab_size} is too small for this text: its characters, "
+            f"the 256 bytes and the special tokens need {num_required}"
+        )
+    return BadInput(f"no vocabulary of {vocab_size} pieces can be made of this text: {message}")
+
+
+def _check_special_ids(path: Path, *found: int | None) -> None:
+    expected = (UNK_ID, BOS_ID, EOS_ID, PAD_ID)
+    if found != expected:
+        raise BadInput(
+            f"{path} has the special ids {found} for <unk>, <s>, </s>, <pad>; needed are {expected}"
+        )
+
+
+def _read_vocabulary_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise BadInput(f"there is no vocabulary {path}: no such folder") from None
+        there = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".model", ".json"))
+        found = ", ".join(there[:10]) or "no .model and no .json file"
+        raise BadInput(f"there is no vocabulary {path}; {path.parent} has: {found}") from None
+    except OSError as error:
+        raise BadInput(f"cannot read the vocabulary {path}: {error.strerror}") from None
+
+
+def _write_then_rename(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,24 @@
+"""Eight virtual CPU devices and strict numerics for every test."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def mesh_of():
+    """mesh_of(data, fsdp, tensor): a mesh over the first data*fsdp*tensor virtual devices."""
+    from bloomjax.partitioning import MeshShape
+
+    def build(data: int, fsdp: int, tensor: int):
+        devices = jax.devices()[: data * fsdp * tensor]
+        return MeshShape(data, fsdp, tensor).build(devices)
+
+    return build
