@@ -70,15 +70,16 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self.directory: Path | None = None
 
-    def open(self, directory: Path | str) -> None:
-        """Looks at what is there; removes what a killed save left behind."""
+    def open(self, directory: Path | str, *, read_only: bool = False) -> None:
+        """Looks at what is there; removes what a killed save left behind, unless `read_only`."""
         self.directory = Path(directory).resolve()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "position"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(self._keep),
-                cleanup_tmp_directories=True,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
                 enable_async_checkpointing=True,
                 # `train` decides when to save.
                 should_save_fn=lambda step, latest: latest is None or step > latest,

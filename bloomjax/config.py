@@ -54,7 +54,10 @@ _GIN_BINDINGS = flags.DEFINE_multi_string(
 )
 
 _MACRO = "gin.macro"
-_SOURCES: dict[Key, str] = {}  # file:line or flag of each binding in gin's global configuration
+# Beside gin's global configuration: the file:line or flag of each binding, and the macros that any
+# statement mentions, because one that a later statement overrides is still no misspelling.
+_SOURCES: dict[Key, str] = {}
+_MENTIONED: set[str] = set()
 
 
 def run(
@@ -65,11 +68,16 @@ def run(
     The exit code is the function's result where that is an int, else 0. BadInput, from here or from
     the function, is one line on stderr and exit code 1; other exceptions keep their traceback.
     """
+    call(lambda: _call(name, configurables), argv)
+
+
+def call(function: Callable[[], Any], argv: Sequence[str] | None = None) -> NoReturn:
+    """`run` for a verb that takes its input from flags alone."""
     try:
         # Not app.run, which turns on INFO logs, Orbax's among them.
         app.define_help_flags()
         _parse_flags(sys.argv if argv is None else argv)
-        result = _call(name, configurables)
+        result = function()
     except BadInput as error:
         # To a constructor's error gin appends lines that say where it was called.
         message = str(error).split("\n  In call to configurable")[0]
@@ -88,7 +96,8 @@ def build(
 
     Nothing else is built, and gin's configuration is afterwards what it was. Raises BadInput.
     """
-    stores = (gin_config._CONFIG, gin_config._OPERATIVE_CONFIG, gin_config._IMPORTS, _SOURCES)
+    stores: list[Any] = [gin_config._CONFIG, gin_config._OPERATIVE_CONFIG, gin_config._IMPORTS]
+    stores += [_SOURCES, _MENTIONED]
     kept = [store.copy() for store in stores]
     try:
         _parse([str(gin_file)], bindings, configurables)
@@ -113,21 +122,23 @@ def operative_config() -> str:
     later versions may change. gin.operative_config_str would not do: it writes what a macro builds
     as MACRO/Bloom.num_layers, against which a later --gin.Bloom.num_layers is powerless.
     """
-    values = {key: _value(key) for key in _keys()}
+    values = {key: _value(key) for key in _keys() if key[1] != _MACRO}
     for (scope, selector), called_with in gin_config._OPERATIVE_CONFIG.items():
-        bound = _bindings_in(scope, selector)
-        for parameter in called_with.keys() - bound.keys():
-            values["", selector, parameter] = called_with[parameter]
-    imports = sorted({statement.format() for statement in gin_config._IMPORTS})
-    macros = sorted(f"{_label(key)} = {values[key]!r}" for key in values if key[1] == _MACRO)
-    others = sorted(f"{_label(key)} = {values[key]!r}" for key in values if key[1] != _MACRO)
-    return "\n".join([*imports, *macros, *others, ""])
-
-
-def arguments() -> list[str]:
-    """The gin flags of this process, for another verb started with the same configuration."""
-    files = [f"--gin_file={path}" for path in _GIN_FILE.value]
-    return files + [f"--gin_bindings={binding}" for binding in _GIN_BINDINGS.value]
+        if selector != _MACRO:
+            for parameter in called_with.keys() - _bindings_in(scope, selector).keys():
+                values["", selector, parameter] = called_with[parameter]
+    macros: dict[Key, Any] = {}
+    to_search = list(values.values())
+    for value in to_search:  # which grows
+        for name in map(_scope, filter(_is_macro, _references(value))):
+            key = (name, _MACRO, "value")
+            if key not in macros and key in _SOURCES:
+                macros[key] = _value(key)
+                to_search.append(macros[key])
+    groups = [sorted({statement.format() for statement in gin_config._IMPORTS})]
+    for bound in (macros, values):
+        groups.append(sorted(f"{_label(key)} = {value!r}" for key, value in bound.items()))
+    return "\n\n".join("\n".join(lines) for lines in groups if lines) + "\n"
 
 
 def unused_bindings(name: str) -> list[str]:
@@ -145,9 +156,8 @@ def register(configurables: Configurables = CONFIGURABLES) -> None:
         for name in names:
             known = gin_config._REGISTRY.get(f"{module}.{name}")
             if known is None or known.wrapped is not namespace[name]:
-                with (
-                    gin_config.interactive_mode()
-                ):  # lets a reloaded module replace its former self
+                # This mode lets a reloaded module replace its former self.
+                with gin_config.interactive_mode():
                     gin.register(name, module=module)(namespace[name])
 
 
@@ -186,6 +196,7 @@ def _parse_flags(argv: Sequence[str]) -> None:
         arguments.append(argument)
     for flag in (_GIN_FILE, _GIN_BINDINGS):
         flags.FLAGS[flag.name].unparse()  # else a second run in one process adds to the first
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # for --help
     try:
         rest = flags.FLAGS(arguments)[1:]
     except flags.Error as error:
@@ -266,6 +277,7 @@ def _error(where: str, message: object) -> BadInput:
 def _parse(gin_files: Sequence[str], bindings: Sequence[str], configurables: Configurables) -> None:
     gin.clear_config()
     _SOURCES.clear()
+    _MENTIONED.clear()
     register(configurables)
     for gin_file in gin_files:
         _read_file(gin_file, "--gin_file", ())
@@ -304,6 +316,8 @@ def _read(text: str, place: Callable[[int], str], files: tuple[str, ...]) -> Non
                 raise _error(where, error) from None
             if key in here:
                 raise _error(where, f"{_label(key)} has a value already, from {here[key]}")
+            if key[1] == _MACRO and key[0] in map(_scope, _references(statement.value)):
+                raise _error(where, f"the macro {key[0]} refers to itself")
             gin.bind_parameter(key, statement.value)
             here[key] = _SOURCES[key] = where
 
@@ -312,6 +326,10 @@ class _Delegate(gin_config.ParserDelegate):
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
         _configurable(scoped_selector.rsplit("/", 1)[-1])
         return super().configurable_reference(scoped_selector, evaluate)
+
+    def macro(self, name: str) -> Any:
+        _MENTIONED.add(name)
+        return super().macro(name)
 
 
 def _statements(text: str, place: Callable[[int], str]) -> Iterator[Any]:
@@ -384,7 +402,7 @@ class _Reach:
         """Follows the references in the value bound to `key`, read in `scope`."""
         self.used.add(key)
         for reference in _references(_value(key)):
-            name = "/".join(reference.scopes)
+            name = _scope(reference)
             if reference.configurable.selector == "gin.constant":  # of which gin.REQUIRED is all
                 self.problems.append(f"{_SOURCES[key]}: {_label(key)} must be given")
             elif _is_macro(reference) and (name, _MACRO) not in gin_config._CONFIG:
@@ -409,6 +427,10 @@ def _references(value: Any) -> Iterator[Any]:
     return gin_config.iterate_references(value)
 
 
+def _scope(reference: Any) -> str:  # of a macro: its name
+    return "/".join(reference.scopes)
+
+
 def _is_reference(value: Any) -> bool:
     return isinstance(value, gin_config.ConfigurableReference)
 
@@ -418,11 +440,9 @@ def _is_macro(value: Any) -> bool:
 
 
 def _unused_macros() -> Iterator[str]:
-    references = filter(_is_macro, _references(gin_config._CONFIG))
-    used = {"/".join(reference.scopes) for reference in references}
     for key in _keys():
-        if key[1] == _MACRO and key[0] not in used:
-            yield f"{_SOURCES[key]}: nothing uses the macro {key[0]}{_suggest(key[0], used)}"
+        if key[1] == _MACRO and key[0] not in _MENTIONED:
+            yield f"{_SOURCES[key]}: nothing uses the macro {key[0]}{_suggest(key[0], _MENTIONED)}"
 
 
 def _wrong_types() -> Iterator[str]:
@@ -437,9 +457,10 @@ def _wrong_types() -> Iterator[str]:
                 hint = eval(hint, vars(sys.modules[configurable.wrapped.__module__]))
             except NameError:  # imported for type checkers only
                 continue
-        if hint is parameter.empty or bound == parameter.default or _fits(bound, hint):
+        value, source = _resolve(bound, _SOURCES[key])
+        implicit_none = type(value) is type(parameter.default) is types.NoneType
+        if hint is parameter.empty or implicit_none or _fits(value, hint):
             continue
-        value = _resolve(bound)
         expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         got = f"{bound} = {value!r}" if _is_macro(bound) else repr(value)
         repair = ""
@@ -449,23 +470,23 @@ def _wrong_types() -> Iterator[str]:
             repair = f" (write {int(value)})"
         elif isinstance(value, list) and _fits(tuple(value), hint):
             repair = f" (write {tuple(value)})"
-        yield f"{_SOURCES[key]}: {_label(key)} must be {expected}, got {got}{repair}"
+        yield f"{source}: {_label(key)} must be {expected}, got {got}{repair}"
 
 
-def _resolve(value: Any) -> Any:
-    """The value behind a macro, or the macro itself where it has none."""
-    key = ("/".join(value.scopes), _MACRO) if _is_macro(value) else None
-    return _resolve(gin_config._CONFIG[key]["value"]) if key in gin_config._CONFIG else value
+def _resolve(value: Any, source: str = "") -> tuple[Any, str]:
+    """The value behind macros and where that was bound; a macro that has no value stays."""
+    key = (_scope(value), _MACRO, "value") if _is_macro(value) else None
+    return _resolve(_value(key), _SOURCES[key]) if key in _SOURCES else (value, source)
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether `hint` allows `value`; True for hints and references that cannot be judged here."""
-    value = _resolve(value)
+    value, _ = _resolve(value)
     kind, of = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, member) for member in of)
     if kind is typing.Literal and not _is_reference(value):
-        return value in of
+        return any(type(value) is type(member) and value == member for member in of)
     if kind in (Any, object) or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return True
     if _is_reference(value):

@@ -98,12 +98,10 @@ class MetricsFile:
         if self._enabled:
             append_line(self._path, record)
 
-    def has(self, step: int) -> bool:
-        """Whether the newest record is that of `step`."""
-        if not self._path.exists():
-            return False
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        return bool(lines) and json.loads(lines[-1])["step"] == step
+    def last(self) -> dict[str, Any] | None:
+        """The newest record."""
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        return json.loads(lines[-1]) if lines else None
 
     def first_and_last_with(self, key: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The first and the last record that has `key`."""

@@ -9,7 +9,6 @@ TensorFlow and seqio are loaded here, in functions, and never by a training run.
 
 import contextlib
 import dataclasses
-import gc
 import importlib
 import inspect
 import itertools
@@ -18,6 +17,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 import types
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -30,6 +30,7 @@ from bloomjax.token_store import SourceFile, TokenStore
 from bloomjax.vocabulary import Vocabulary
 
 _EXTRA_MODULES = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets"}
+_DOCUMENTS_PER_BATCH = 256
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -124,34 +125,44 @@ class _Language:
 
         split = "train" if "train" in self.task.splits else next(iter(self.task.splits))
         dataset = self.task.get_dataset(sequence_length=None, split=split, shuffle=False)
-        # A Python generator behind tf.data and a live iterator at exit make the process hang, so
-        # the iterator must be gone however this ends.
-        iterator = iter(dataset)
+        dataset = dataset.map(lambda example: example["text"]).batch(_DOCUMENTS_PER_BATCH)
+        # An iterator that is alive at exit, with Python code behind tf.data, makes the process hang.
+        # It must be gone however this ends, also from the frames an exception holds.
+        iterator = dataset.as_numpy_iterator()
         try:
-            for example in iterator:
-                yield example["text"].numpy().decode()
+            for batch in iterator:
+                for text in batch.tolist():
+                    yield text.decode()
         except tf.errors.OpError as error:
             bad_input = re.search(r"BadInput: (.*)", str(error))
             reason = bad_input.group(1) if bad_input else " ".join(str(error).split())
+            traceback.clear_frames(error.__traceback__)
             raise BadInput(f"{self.task.name}: {reason}") from None
         except UnicodeDecodeError:
             raise BadInput(f"{self.task.name} has a document that is not UTF-8") from None
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
             del iterator, dataset
-            gc.collect(0)
 
-    def counted(self) -> "_Language":
-        """The same with the numbers of its documents; all of the text is read and checked.
+    def documents_of_files(self) -> Generator[str, None, None]:
+        """The same documents, read without TensorFlow where they come from text files.
 
-        Text files are read without TensorFlow, whose errors are hard to read.
+        Starting a tf.data pipeline takes a tenth of a second, and its errors are hard to read.
         """
         text = getattr(self.task.source, "language_text", None)
+        return self.documents() if text is None else text.documents()
+
+    def counted(self) -> "_Language":
+        """The same with the numbers of its documents; all of the text is read and checked."""
         num_documents = num_skipped = 0
-        for document in self.documents() if text is None else text.documents():
-            if token_store.is_blank(document):
-                num_skipped += 1
-            else:
-                num_documents += 1
+        with contextlib.closing(self.documents_of_files()) as documents:
+            for document in documents:
+                if token_store.is_blank(document):
+                    num_skipped += 1
+                else:
+                    num_documents += 1
         return dataclasses.replace(
             self, num_documents=num_documents, num_skipped_documents=num_skipped
         )
@@ -201,7 +212,7 @@ def _training_texts(languages: Sequence[_Language], holdout_fraction: float) -> 
     """The documents with text that are not held out, of all languages."""
     for language in languages:
         num_held_out = token_store.num_holdout_documents(language.num_documents, holdout_fraction)
-        with contextlib.closing(language.documents()) as documents:
+        with contextlib.closing(language.documents_of_files()) as documents:
             texts = (text for text in documents if not token_store.is_blank(text))
             yield from itertools.islice(texts, language.num_documents - num_held_out)
 

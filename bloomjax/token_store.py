@@ -166,11 +166,12 @@ def write_language(
     for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
         texts = [text for text in batch if not is_blank(text)]
         num_skipped += len(batch) - len(texts)
-        for text, ids in zip(texts, vocabulary.encode_batch(texts), strict=True):
-            ids.append(vocabulary.eos_id)
-            writers[TRAIN if num_written < num_train else VALIDATION].append(text, ids)
-            num_written += 1
-            num_tokens += len(ids)
+        ids = [[*document, vocabulary.eos_id] for document in vocabulary.encode_batch(texts)]
+        num_to_train = min(max(num_train - num_written, 0), len(texts))
+        writers[TRAIN].append(texts[:num_to_train], ids[:num_to_train])
+        writers[VALIDATION].append(texts[num_to_train:], ids[num_to_train:])
+        num_written += len(texts)
+        num_tokens += sum(map(len, ids))
         if progress is not None:
             progress(num_written, num_tokens)
     if num_written != num_documents:
@@ -248,10 +249,12 @@ class _SplitWriter:
         self._ends = _ArrayWriter(root, _array_name(language, split, "document_ends"), np.uint64)
         self._num_bytes = 0
 
-    def append(self, text: str, ids: list[int]) -> None:
-        self._num_bytes += len(text.encode())
-        self._tokens.append(np.asarray(ids, np.uint32))
-        self._ends.append(np.asarray([self._tokens.length], np.uint64))
+    def append(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+        self._num_bytes += sum(len(text.encode()) for text in texts)
+        lengths = np.array([len(document) for document in ids], np.uint64)
+        self._ends.append(np.uint64(self._tokens.length) + np.cumsum(lengths, dtype=np.uint64))
+        tokens = itertools.chain.from_iterable(ids)
+        self._tokens.append(np.fromiter(tokens, np.uint32, int(lengths.sum())))
 
     def close(self) -> dict[str, Any]:
         tokens, ends = self._tokens.close(), self._ends.close()

@@ -1,11 +1,9 @@
 """The run from first line to last: `python -m bloomjax.train --gin_file=tiny.gin`."""
 
-import dataclasses
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import bloomjax
-from bloomjax import config, decoding, flops, partitioning
+from bloomjax import config, flops, partitioning
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.data import EvalData, OpenTrainData, TrainData, check_filled_shares
 from bloomjax.errors import BadInput
-from bloomjax.health import EXIT_RESTART, StopSignals
-from bloomjax.metrics import Journal, MetricsFile, Progress, ScalarWriter, check_writable
+from bloomjax.health import StopSignals
+from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
+from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
 from bloomjax.token_store import store_exists
 from bloomjax.train_step import (
-    StepOptions, TrainState, abstract_state, init_state, make_eval_step, make_train_step,
+    StepOptions, abstract_state, init_state, make_eval_step, make_train_step,
 )  # fmt: skip
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
@@ -100,7 +97,9 @@ def train(
 
     # ---- restore ----
     run = Run(
-        Path(model_dir), num_steps, batch_schedule, learning_rate, model, data, device_mesh, checkpoints, writer
+        model_dir=Path(model_dir), num_steps=num_steps, eval_every_steps=eval_every_steps, model=model,
+        batch_schedule=batch_schedule, learning_rate=learning_rate, data=data, mesh=device_mesh,
+        checkpoints=checkpoints, writer=writer,
     )  # fmt: skip
     state = run.restore(abstract)
     if state is None:
@@ -119,7 +118,7 @@ def train(
                 run.save(state)
             if signals.received:
                 return run.stop(signals.received)
-            if run.step in (0, num_steps) or run.step % eval_every_steps == 0:
+            if run.is_evaluation_due():
                 run.evaluate(eval_step, state.params, eval_batches)
             if run.step == num_steps:
                 break
@@ -129,239 +128,6 @@ def train(
             run.finish_step(metrics)
     run.finish(state, vocabulary, sample_prompts)
     return 0
-
-
-class Run:
-    """Where a run stands and what it writes down: position, metrics, journal, checkpoints, and words on the screen.
-
-    The record of a step is written when the next one has been dispatched, so that the device never waits for the host.
-    """
-
-    def __init__(
-        self,
-        model_dir: Path,
-        num_steps: int,
-        batch_schedule: BatchSchedule,
-        learning_rate: CosineSchedule,
-        model: Bloom,
-        data: OpenTrainData,
-        mesh: Mesh,
-        checkpoints: Checkpoints,
-        writer: Callable[[str], ScalarWriter] | None,
-    ):
-        self.model_dir = model_dir
-        self.step = 0
-        self._num_steps = num_steps
-        self._batch_schedule = batch_schedule
-        self._learning_rate = learning_rate
-        self._model = model
-        self._data = data
-        self._checkpoints = checkpoints
-        self._is_main = jax.process_index() == 0
-        self._pending: dict[str, Any] | None = None  # record of the newest step
-        self._make_writer = writer
-        self._writer: ScalarWriter | None = None
-        self._flops_per_token = flops.flops_per_token(
-            vocab_size=model.config.vocab_size,
-            emb_dim=model.config.emb_dim,
-            num_layers=model.config.num_layers,
-            mlp_dim=model.config.mlp_dim or 4 * model.config.emb_dim,
-            sequence_length_tokens=data.sequence_length,
-        )
-        self._num_devices = mesh.devices.size
-        self._device_kind = mesh.devices.flat[0].device_kind
-        self._clock = time.monotonic()
-        check_writable(model_dir)
-        self._metrics = MetricsFile(model_dir, self._is_main)
-        self._journal = Journal(model_dir, self._is_main)
-
-    # What a checkpoint must agree with.
-    def _identity(self) -> dict[str, Any]:
-        shape = dataclasses.asdict(self._model.config)
-        names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim")
-        return {
-            "model": {name: shape[name] for name in names},
-            "data": self._data.identity(),
-        }
-
-    def _check_position(self, position: dict[str, Any]) -> None:
-        for kind, mine in self._identity().items():
-            theirs = position[kind]
-            changed = [name for name in mine if mine[name] != theirs.get(name)]
-            if changed:
-                was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
-                now = ", ".join(f"{n}={_brief(mine[n])}" for n in changed)
-                raise BadInput(
-                    f"MODEL_DIR {self.model_dir} holds a run with other {kind}: there {was}, here {now}; "
-                    "take another MODEL_DIR"
-                )
-        step, samples = position["step"], position["samples"]
-        if self._batch_schedule.samples_after(step) != samples:
-            raise BadInput(
-                f"MODEL_DIR {self.model_dir} had consumed {samples} samples after step {step}; this batch schedule "
-                f"says {self._batch_schedule.samples_after(step)}"
-            )
-
-    def restore(self, abstract: TrainState) -> TrainState | None:
-        self._checkpoints.open(self.model_dir / "checkpoints")
-        restored = self._checkpoints.restore(abstract, self._check_position)
-        state = None
-        if restored is not None:
-            state, position = restored
-            self.step = position["step"]
-            self._pending = position["record"]
-        # The record of the checkpoint's own step may not have reached the file: it is written again.
-        self._metrics.resume_after(self.step - 1 if self._pending else -1)
-        return state
-
-    def announce(self, state: TrainState, filled: list[str]) -> None:
-        """The parameter table, what a step is, and from where the run goes on."""
-        self._journal.write(
-            "start", step=self.step, samples=self.samples, num_steps=self._num_steps, pid=os.getpid(),
-            host=os.uname().nodename, device=self._device_kind, num_devices=self._num_devices,
-            jax=jax.__version__, bloomjax=bloomjax.__version__,
-        )  # fmt: skip
-        if self._is_main:
-            text = config.operative_config()
-            if text:
-                (self.model_dir / "config.gin").write_text(text, encoding="utf-8")
-            if self._make_writer:
-                self._writer = self._make_writer(str(self.model_dir))
-        if self.step >= self._num_steps:
-            return
-        batch_size = self._batch_schedule.batch_size(self.step + 1)
-        say = print if self._is_main else (lambda *_: None)
-        if self.step == 0:
-            say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-        say(
-            f"{self._num_devices} x {self._device_kind}; batch {batch_size} samples = "
-            f"{batch_size * self._data.sequence_length:,} tokens a step; {self._flops_per_token.causal:,.0f} "
-            f"FLOPs a token (causal), {self._flops_per_token.megatron_model:,.0f} (Megatron), "
-            f"{self._flops_per_token.six_n:,.0f} (6N)"
-        )
-        for line in filled:
-            say(line)
-        start = f"goes on after step {self.step}" if self.step else "starts"
-        say(f"{self.model_dir}: {start}, {self._num_steps} steps in all", flush=True)
-        self._progress = Progress(self.step, self._num_steps, self._is_main)
-
-    @property
-    def samples(self) -> int:
-        return self._batch_schedule.samples_after(self.step)
-
-    def finish_step(self, metrics: dict[str, jax.Array]) -> None:
-        """Counts the step just dispatched and writes the record of the one before."""
-        self._flush()
-        self.step += 1
-        self._pending = self._record() | {"batch_size": self._batch_schedule.batch_size(self.step), **metrics}
-
-    def _record(self) -> dict[str, Any]:
-        samples = self.samples
-        return {
-            "step": self.step,
-            "samples": samples,
-            "tokens": samples * self._data.sequence_length,
-            "learning_rate": self._learning_rate(samples),
-        }
-
-    def _complete(self) -> None:
-        """Waits for the newest step and puts its numbers into its record."""
-        record = self._pending
-        if record is None or "seconds" in record or "loss" not in record:
-            return
-        record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        rate = record["batch_size"] * self._data.sequence_length / seconds
-        peak = flops.peak_flops_per_second(self._device_kind)
-        achieved = rate * self._flops_per_token.causal / self._num_devices
-        record |= {
-            "tokens_per_second": round(rate, 1),
-            "mfu": round(achieved / peak, 4) if peak else None,
-            "seconds": round(seconds, 4),
-        }
-        self._progress.update(record["step"], record["loss"], rate)
-
-    def _flush(self) -> None:
-        self._complete()
-        record, self._pending = self._pending, None
-        if record is None:
-            return
-        self._metrics.write(record)
-        if self._writer:
-            scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
-            by_language = record.get("loss_by_language", {})
-            scalars |= {f"loss_by_language/{name}": loss for name, loss in by_language.items()}
-            self._writer.write_scalars(record["step"], scalars)
-
-    def save(self, state: TrainState) -> None:
-        if self.step == 0:
-            return
-        self._complete()
-        if self.step in self._checkpoints.steps():
-            return
-        started = time.monotonic()
-        position = {"samples": self.samples, "record": self._pending, **self._identity()}
-        self._checkpoints.save(self.step, state, position)
-        self._journal.write(
-            "save", step=self.step, samples=self.samples, stall_seconds=round(time.monotonic() - started, 3)
-        )  # fmt: skip
-        self._clock += time.monotonic() - started
-
-    def evaluate(self, eval_step, params, batches) -> None:
-        """Puts held-out loss into the record of this step, unless it is there already."""
-        self._complete()
-        record = self._pending or self._record()
-        if "loss_by_language" not in record:
-            started = time.monotonic()
-            losses: dict[str, list[float]] = {}
-            for languages, batch in batches:
-                row_losses = np.asarray(eval_step(params, batch))
-                for language, loss in zip(languages, row_losses, strict=False):  # then come filling rows
-                    losses.setdefault(language, []).append(float(loss))
-            record["loss_by_language"] = {name: float(np.mean(x)) for name, x in sorted(losses.items())}
-            record["validation_loss"] = float(np.mean([x for part in losses.values() for x in part]))
-            self._clock += time.monotonic() - started
-        self._pending = record
-
-    def stop(self, signal_name: str) -> int:
-        """After the save: leaves the files whole and says how to go on."""
-        self._flush()
-        self._checkpoints.close()
-        self._journal.write("stop", step=self.step, samples=self.samples, signal=signal_name)
-        self._close()
-        print(f"stopped by {signal_name} after step {self.step}, saved; the same command goes on", flush=True)
-        return EXIT_RESTART
-
-    def finish(self, state: TrainState, vocabulary: Vocabulary, prompts: Sequence[str]) -> None:
-        """Loss by language before and after, a sample of text, where the checkpoint is."""
-        already_done = self._metrics.has(self._num_steps)
-        self._flush()
-        self._checkpoints.close()
-        self._journal.write("done", step=self.step, samples=self.samples)
-        self._close()
-        if not self._is_main:
-            return
-        print_losses(self._metrics)
-        if prompts:
-            print_samples(self._model, state.params, vocabulary, prompts, self._data.sequence_length)
-        print(f"checkpoint: {self.model_dir / 'checkpoints' / str(self.step)}")
-        if already_done:
-            print(
-                f"all {self._num_steps} steps are done; to go further raise TRAIN_STEPS, for example "
-                f"--gin.TRAIN_STEPS={2 * self._num_steps}"
-            )
-
-    def _close(self) -> None:
-        if self._writer:
-            self._writer.close()
-        if hasattr(self, "_progress"):
-            self._progress.close()
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -416,34 +182,6 @@ def keep_vocabulary(vocabulary: Vocabulary, model_dir: Path) -> None:
     if jax.process_index() == 0 and not target.exists():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(vocabulary.path, target)
-
-
-def print_losses(metrics: MetricsFile) -> None:
-    """Held-out loss by language, first and last, in columns."""
-    found = metrics.first_and_last_with("loss_by_language")
-    if not found:
-        return
-    first, last = found
-    before, after = first["loss_by_language"], last["loss_by_language"]
-    print(f"held-out loss in nats a token, step {first['step']} -> step {last['step']}:")
-    cells = [f"{name:<16}{before.get(name, float('nan')):6.2f} -> {after[name]:5.2f}" for name in after]
-    rows = -(-len(cells) // 3)
-    for row in range(rows):
-        print("   ".join(cells[row::rows]))
-    fall = 1 - last["validation_loss"] / first["validation_loss"]
-    print(f"all languages: {first['validation_loss']:.3f} -> {last['validation_loss']:.3f} ({fall:.0%} lower)")
-
-
-def print_samples(model, params, vocabulary, prompts: Sequence[str], max_length: int) -> None:
-    encoded = [vocabulary.encode(prompt) for prompt in prompts]
-    num_new = max(1, max_length - max(map(len, encoded)))
-    texts = decoding.generate(
-        model, params, encoded, max_new_tokens=num_new, eos_id=vocabulary.eos_id, temperature=0.8,
-        top_p=0.9,
-    )  # fmt: skip
-    print("samples (temperature 0.8, top-p 0.9):")
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"  {prompt}|{' '.join(vocabulary.decode(text).split())}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
+import tokenizers
 
 from bloomjax.errors import BadInput
 
@@ -132,12 +133,6 @@ class ByteLevelBPEVocabulary:
     unk_id, bos_id, eos_id, pad_id = UNK_ID, BOS_ID, EOS_ID, PAD_ID
 
     def __init__(self, path: str | os.PathLike[str]):
-        try:
-            import tokenizers
-        except ModuleNotFoundError:
-            raise BadInput(
-                f"{path} needs the package `tokenizers`: pip install tokenizers"
-            ) from None
         self.path = Path(path)
         data = _read_vocabulary_file(self.path)
         self.fingerprint = hashlib.sha256(data).hexdigest()
