@@ -88,23 +88,27 @@ def call(function: Callable[[], Any], argv: Sequence[str] | None = None) -> NoRe
 
 def build(
     binding: str,
-    gin_file: str | Path,
+    gin_file: str | Path | None = None,
     bindings: Sequence[str] = (),
     configurables: Configurables = CONFIGURABLES,
 ) -> Any:
     """Builds what `gin_file`, then `bindings` ("NAME = VALUE"), bind to e.g. "train.model".
 
-    Nothing else is built, and gin's configuration is afterwards what it was. Raises BadInput.
+    Without `gin_file` it takes the files and bindings of this process's flags. Nothing else is built, and gin's configuration is afterwards what it was. Raises BadInput.
     """
     stores: list[Any] = [gin_config._CONFIG, gin_config._OPERATIVE_CONFIG, gin_config._IMPORTS]
     stores += [_SOURCES, _MENTIONED]
     kept = [store.copy() for store in stores]
     try:
-        _parse([str(gin_file)], bindings, configurables)
+        if gin_file is None:
+            _parse(_GIN_FILE.value, [*_GIN_BINDINGS.value, *bindings], configurables)
+        else:
+            _parse([str(gin_file)], bindings, configurables)
         scope, selector, parameter = config_parser.parse_binding_key(binding)
         key = (scope, _configurable(selector).selector, parameter)
         if key not in _keys():
-            raise BadInput(f"gin: {gin_file} does not bind {binding}")
+            where = gin_file or f"--gin_file={','.join(_GIN_FILE.value) or '(none given)'}"
+            raise BadInput(f"gin: {where} does not bind {binding}")
         reach = _Reach()
         reach.value(key)
         _check(reach)
@@ -139,6 +143,12 @@ def operative_config() -> str:
     for bound in (macros, values):
         groups.append(sorted(f"{_label(key)} = {value!r}" for key, value in bound.items()))
     return "\n\n".join("\n".join(lines) for lines in groups if lines) + "\n"
+
+
+def arguments() -> list[str]:
+    """The gin flags of this process, for another verb started with the same configuration."""
+    files = [f"--gin_file={path}" for path in _GIN_FILE.value]
+    return files + [f"--gin_bindings={binding}" for binding in _GIN_BINDINGS.value]
 
 
 def unused_bindings(name: str) -> list[str]:

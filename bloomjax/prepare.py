@@ -220,6 +220,7 @@ def _training_texts(languages: Sequence[_Language], holdout_fraction: float) -> 
 def _write_store(
     store_dir: str, languages: Sequence[_Language], vocab: Vocabulary, holdout_fraction: float
 ) -> TokenStore:
+    _say(f"writing {store_dir}: training + validation")
     width = max(len(language.label) for language in languages)
     entries = {}
     with token_store.build_store(store_dir) as root:
@@ -236,11 +237,7 @@ def _write_store(
                     sources=language.files,
                     progress=_Progress(place),
                 )
-            splits = entry["splits"]
-            _say(
-                f"{place}  {_numbers(splits[token_store.TRAIN])}  and to validate "
-                f"{_numbers(splits[token_store.VALIDATION])}"
-            )
+            _say(f"{place}  {_numbers(entry)}")
         token_store.write_manifest(root, entries, vocab, holdout_fraction=holdout_fraction)
     return TokenStore(store_dir)
 
@@ -310,8 +307,12 @@ class _Progress:
             _say(f"{self._place}  {num_documents:,} documents, {num_tokens:,} tokens so far")
 
 
-def _numbers(split: dict[str, Any]) -> str:
-    return f"{split['num_documents']:,} documents, {split['num_tokens']:,} tokens"
+def _numbers(entry: dict[str, Any]) -> str:
+    train, validation = (entry["splits"][split] for split in token_store.SPLITS)
+    return (
+        f"{train['num_documents']:9,} +{validation['num_documents']:7,} documents "
+        f"{train['num_tokens']:13,} +{validation['num_tokens']:10,} tokens"
+    )
 
 
 def _summary(store: TokenStore) -> str:

@@ -60,7 +60,7 @@ class Vocabulary(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts, faster."""
+        """`encode` for many texts, on all cores."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -113,8 +113,10 @@ class SentencePieceVocabulary:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts."""
-        return [self.encode(text) for text in texts]
+        """`encode` for many texts, on all cores."""
+        if any(_SPACE_MARK in text for text in texts):
+            return [self.encode(text) for text in texts]
+        return self._model.encode(list(texts), num_threads=-1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; invalid UTF-8 from byte tokens becomes U+FFFD."""

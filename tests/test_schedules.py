@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bloomjax import config
 from bloomjax.errors import BadInput
 from bloomjax.schedules import BatchSchedule, CosineSchedule, Stage, run_length_steps
 
@@ -355,7 +356,9 @@ def test_table_steps(tool):
 
 @pytest.mark.parametrize("steps", ["0", "-1", "1,-5", "ten", "1,,2", "", "1.5", "1e3"])
 def test_bad_table_steps_are_one_line(tool, steps, capsys):
-    assert tool.main([f"--steps={steps}"]) == 1
+    with pytest.raises(SystemExit) as exit_:
+        config.call(tool.main, ["schedule_table", f"--steps={steps}"])
+    assert exit_.value.code == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1

@@ -6,14 +6,17 @@ One JSON object a line: `step`, `batch_size` (samples that step takes), then `sa
 and `learning_rate` after it, which is how BLOOM's logs count.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from absl import flags
+
+from bloomjax import config
 from bloomjax.errors import BadInput
 from bloomjax.schedules import BatchSchedule
+
+_STEPS = flags.DEFINE_string("steps", None, "Steps, such as 1,100,12695.")
 
 
 def schedule_table(
@@ -46,33 +49,17 @@ def parse_steps(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def configured_objects(
-    config_arguments: list[str],
-) -> tuple[BatchSchedule, Callable[[int], float], int]:
-    """Batch schedule, learning rate and sequence length (tokens) that the gin files bind."""
-    # CONFIG HOOKUP: build train.batch_schedule, train.learning_rate and train.sequence_length with
-    # bloomjax.config from `config_arguments` (--gin_file=..., --gin.NAME=VALUE).
-    raise NotImplementedError(f"config hookup: {config_arguments}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def main() -> None:
+    steps = parse_steps(_STEPS.value or "")
+    rows = schedule_table(
+        config.build("train.batch_schedule"),
+        config.build("train.learning_rate"),
+        config.build("TrainData.sequence_length"),
+        steps,
     )
-    parser.add_argument("--steps", required=True, metavar="1,100,12695")
-    parsed, config_arguments = parser.parse_known_args(arguments)
-    try:
-        steps = parse_steps(parsed.steps)
-        batch_schedule, learning_rate, sequence_length = configured_objects(config_arguments)
-        for row in schedule_table(batch_schedule, learning_rate, sequence_length, steps):
-            print(json.dumps(row))
-    except BadInput as error:
-        print(f"schedule_table: {error}", file=sys.stderr)
-        return 1
-    return 0
+    for row in rows:
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    config.call(main)

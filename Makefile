@@ -1,0 +1,43 @@
+# Every target sets up .venv by itself; all it needs is Python 3.11 to 3.13 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL_DIR ?= runs/tiny
+# Versions that were tested together, one file a Python version.
+CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+
+.PHONY: venv train test test-slow lint bench wheel clean
+
+venv: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml $(wildcard constraints/*.txt)
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else "bloomjax needs Python 3.11 to 3.13, $(PYTHON) is %d.%d; try make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[data,test]' --constraint $(CONSTRAINTS)
+	touch $@
+
+train: venv  ## the tiny BLOOM on the demo corpus
+	$(BIN)/python -m bloomjax.train --gin_file=tiny.gin --gin.MODEL_DIR="'$(MODEL_DIR)'"
+
+test: venv  ## the default suite
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: venv  ## CPU figures; see benchmarks/NOTES.md
+	$(BIN)/python benchmarks/bench_startup.py
+	$(BIN)/python benchmarks/bench_step.py
+
+wheel: venv
+	$(BIN)/pip install --quiet build
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf $(VENV) dist build
