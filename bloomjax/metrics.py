@@ -115,23 +115,20 @@ class MetricsFile:
 class Progress:
     """One line on a terminal that rewrites itself; in a log, one line every `log_seconds`."""
 
-    def __init__(self, first_step: int, num_steps: int, enabled: bool = True, log_seconds: float = 15.0):
+    def __init__(self, first_step: int, num_steps: int, log_seconds: float = 15.0):
         from tqdm import tqdm
 
         self._tty = sys.stderr.isatty()
-        self._enabled = enabled
         self._log_seconds = log_seconds
         self._last_log = 0.0
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", dynamic_ncols=True,
-            disable=not (enabled and self._tty), smoothing=0.05,
+            disable=not self._tty, smoothing=0.05,
         )  # fmt: skip
         self._num_steps = num_steps
         self._started, self._first_step = time.monotonic(), first_step
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        if not self._enabled:
-            return
         if self._tty:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)

@@ -90,8 +90,9 @@ class Interleave:
             if isinstance(node, int):
                 counts[node] = m
                 continue
-            left = _left_count(m, node.left_share)
-            stack += [(node.left, left), (node.right, m - left)]
+            left = int(_left_count(m, node.left_share))
+            stack.append((node.left, left))
+            stack.append((node.right, m - left))
         return counts
 
 

@@ -7,6 +7,7 @@ of the residual stream).
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ class MeshShape:
     fsdp: int = -1
     tensor: int = 1
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def build(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over `devices` (all of the job's by default). BadInput if their number does not fit."""
         devices = list(jax.devices() if devices is None else devices)
         sizes = [self.data, self.fsdp, self.tensor]

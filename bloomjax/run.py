@@ -68,6 +68,7 @@ class Run:
         self._num_devices = mesh.devices.size
         self._device_kind = mesh.devices.flat[0].device_kind
         self._clock = time.monotonic()
+        self._progress: Progress | None = None  # on the main process, while there are steps to do
         check_writable(model_dir)
         self._metrics = MetricsFile(model_dir, self._is_main)
         self._journal = Journal(model_dir, self._is_main)
@@ -131,20 +132,21 @@ class Run:
         if self.step >= self._num_steps:
             return
         batch_size = self._batch_schedule.batch_size(self.step + 1)
-        say = print if self._is_main else (lambda *_: None)
+        if not self._is_main:
+            return
         if self.step == 0:
-            say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-        say(
+            print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+        print(
             f"{self._num_devices} x {self._device_kind}; batch {batch_size} samples = "
             f"{batch_size * self._data.sequence_length:,} tokens a step; {self._flops_per_token.causal:,.0f} "
             f"FLOPs a token (causal), {self._flops_per_token.megatron_model:,.0f} (Megatron), "
             f"{self._flops_per_token.six_n:,.0f} (6N)"
         )
         for line in filled:
-            say(line)
+            print(line)
         start = f"goes on after step {self.step}" if self.step else "starts"
-        say(f"{self.model_dir}: {start}, {self._num_steps} steps in all", flush=True)
-        self._progress = Progress(self.step, self._num_steps, self._is_main)
+        print(f"{self.model_dir}: {start}, {self._num_steps} steps in all", flush=True)
+        self._progress = Progress(self.step, self._num_steps)
 
     @property
     def samples(self) -> int:
@@ -181,7 +183,8 @@ class Run:
             "mfu": round(achieved / peak, 4) if peak else None,
             "seconds": round(seconds, 4),
         }
-        self._progress.update(record["step"], record["loss"], rate)
+        if self._progress:
+            self._progress.update(record["step"], record["loss"], rate)
 
     def _flush(self) -> None:
         self._complete()
@@ -190,7 +193,7 @@ class Run:
             return
         self._metrics.write(record)
         if self._writer:
-            scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+            scalars = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}
             by_language = record.get("loss_by_language", {})
             scalars |= {f"loss_by_language/{name}": loss for name, loss in by_language.items()}
             self._writer.write_scalars(record["step"], scalars)
@@ -264,7 +267,7 @@ class Run:
     def _close(self) -> None:
         if self._writer:
             self._writer.close()
-        if hasattr(self, "_progress"):
+        if self._progress:
             self._progress.close()
 
 

@@ -18,14 +18,14 @@ from bloomjax import partitioning
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
 
-Batch = dict[str, jax.Array]  # tokens: int32 [B, L + 1]; weights: float32 [B]
+Batch = dict[str, Any]  # tokens: int32 [B, L + 1]; weights: float32 [B]
 
 
 @flax.struct.dataclass
 class TrainState:
     """step: int32, finished steps. params: float32 master weights. opt_state: optax's, sharded like params."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 
@@ -101,7 +101,7 @@ def row_losses(model: Bloom, options: StepOptions, params, batch: Batch, weights
     """Weighted loss sum (differentiable) and the loss in nats of each token [B, L]."""
     tokens = batch["tokens"]
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
-    x_BLD = model.apply(
+    x_BLD: Any = model.apply(
         {"params": params}, tokens[:, :-1], deterministic=dropout_rng is None, rngs=rngs
     )
     return linear_cross_entropy(

@@ -22,3 +22,11 @@ def mesh_of():
         return MeshShape(data, fsdp, tensor).build(devices)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory):
+    """Documents, vocabulary and store of `tiny_run`; its folder also keeps compiled programs."""
+    from tiny_run import Text
+
+    return Text(tmp_path_factory.mktemp("text"))

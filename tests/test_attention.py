@@ -1,0 +1,255 @@
+"""Attention against float64 numpy: forward, backward, dropout, bf16, the cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bloomjax.attention import (
+    alibi_scores,
+    alibi_slopes,
+    cached_attention,
+    get_kernel,
+    xla_attention,
+)
+from bloomjax.errors import BadInput
+
+# _build_alibi_tensor of bigscience-workshop/Megatron-DeepSpeed, megatron/model/transformer.py, run for these numbers
+# of heads: (head, slope). 112 heads are BLOOM-176B's.
+GOLDEN_SLOPES = {
+    6: [(0, 0.25), (1, 0.0625), (2, 0.015625), (3, 0.00390625), (4, 0.5), (5, 0.125)],
+    16: [
+        (0, 0.7071067811865476), (1, 0.5), (2, 0.35355339059327384), (7, 0.0625),
+        (14, 0.005524271728019908), (15, 0.00390625),
+    ],
+    112: [
+        (0, 0.9170040432046712), (1, 0.8408964152537145), (31, 0.0625),
+        (62, 0.004259795830723658), (63, 0.00390625), (64, 0.9576032806985737),
+        (65, 0.8781260801866498), (66, 0.8052451659746274), (100, 0.04232048584177807),
+        (111, 0.016316777850428427),
+    ],
+}  # fmt: skip
+
+BF16_ROUNDOFF = 2.0**-8  # 8 significant bits, to nearest
+
+
+def problem(B, L, H, K, dtype=np.float32, seed=0):
+    """q, k, v and a cotangent, already rounded to `dtype`, and the slopes."""
+    rng = np.random.default_rng(seed)
+    arrays = [jnp.asarray(rng.standard_normal((B, L, H, K)), dtype) for _ in range(4)]
+    return *arrays, jnp.asarray(alibi_slopes(H), jnp.float32)
+
+
+def reference(q, k, v, g, slopes, drop=1.0):
+    """Context, dq, dk, dv and the probabilities; `drop` [B, H, L, L] multiplies the probabilities."""
+    q, k, v, g, slopes = (np.asarray(a, np.float64) for a in (q, k, v, g, slopes))
+    L, K = q.shape[1], q.shape[3]
+    distance = np.arange(L)[None, :] - np.arange(L)[:, None]
+    s = np.einsum("blhk,bshk->bhls", q, k) / np.sqrt(K) + slopes[:, None, None] * distance
+    s = np.where(distance <= 0, s, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    context = np.einsum("bhls,bshk->blhk", p * drop, v)
+    dp = np.einsum("blhk,bshk->bhls", g, v) * drop
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(K)
+    dq = np.einsum("bhls,bshk->blhk", ds, k)
+    dk = np.einsum("bhls,blhk->bshk", ds, q)
+    dv = np.einsum("bhls,blhk->bshk", p * drop, g)
+    return context, dq, dk, dv, p
+
+
+@functools.partial(jax.jit, static_argnames="dropout_rate")
+def forward_and_backward(q, k, v, g, slopes, **dropout):
+    context, pull = jax.vjp(lambda q, k, v: xla_attention(q, k, v, slopes, **dropout), q, k, v)
+    return context, *pull(g)
+
+
+@pytest.mark.parametrize("num_heads", GOLDEN_SLOPES)
+def test_slopes_are_those_of_megatron(num_heads):
+    slopes = alibi_slopes(num_heads)
+    assert slopes.shape == (num_heads,) and slopes.dtype == np.float64
+    for head, slope in GOLDEN_SLOPES[num_heads]:
+        assert slopes[head] == pytest.approx(slope, rel=1e-14)
+
+
+def test_slopes_need_a_head():
+    assert alibi_slopes(1) == pytest.approx([2.0**-8])
+    with pytest.raises(BadInput, match="num_heads must be at least 1, got 0"):
+        alibi_slopes(0)
+
+
+def test_the_reference_of_this_file_agrees_with_finite_differences():
+    q, k, v, g, slopes = (np.asarray(a, np.float64) for a in problem(1, 5, 4, 8))
+    drop = np.random.default_rng(1).integers(0, 2, (1, 4, 5, 5)) * 2.0
+    _, *grads, _ = reference(q, k, v, g, slopes, drop)
+    rng = np.random.default_rng(2)
+    for argument, grad in enumerate(grads):
+        direction = rng.standard_normal(q.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [q, k, v]
+            moved[argument] = moved[argument] + sign * 1e-5 * direction
+            ends.append(np.sum(g * reference(*moved, g, slopes, drop)[0]))
+        assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(np.sum(grad * direction), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("B", "L", "H", "K"),
+    [(2, 33, 4, 64), (2, 17, 6, 80), (1, 65, 4, 96), (1, 31, 6, 128), (3, 1, 4, 64), (1, 261, 6, 64)],
+)
+def test_float32_equals_float64(B, L, H, K):
+    arguments = problem(B, L, H, K)
+    expected = reference(*arguments)[:4]
+    for name, got, want in zip(
+        ("context", "dq", "dk", "dv"), forward_and_backward(*arguments), expected, strict=True
+    ):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * max(1, np.abs(want).max()), err_msg=name)  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "L", "H", "K"), [(2, 33, 4, 64), (1, 31, 6, 128), (1, 261, 6, 64)])
+def test_bf16_rounds_only_probabilities_and_results(B, L, H, K):
+    arguments = problem(B, L, H, K, jnp.bfloat16)
+    context, dq, dk, dv, p = reference(*arguments)
+    got = forward_and_backward(*arguments)
+    assert all(a.dtype == jnp.bfloat16 for a in got)
+    got = [np.asarray(a, np.float64) for a in got]
+    # Scores, softmax and sums are float32; each probability and then the sum round once to bf16.
+    bound = 2 * BF16_ROUNDOFF * np.einsum("bhls,bshk->blhk", p, np.abs(np.asarray(arguments[2], np.float64)))  # fmt: skip
+    assert np.all(np.abs(got[0] - context) <= 1.01 * bound + 1e-5)
+    # Backward too: one rounding inside and one at the end, here in the mean over all elements.
+    for ours, theirs in zip(got[1:], (dq, dk, dv), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 2 * BF16_ROUNDOFF * np.linalg.norm(theirs)
+
+
+def test_bias_is_exact_far_from_the_start():
+    """Rounded to bf16, as slope * key position, it is off by up to 4 at position 2047."""
+    slopes = alibi_slopes(112)
+    zero = jnp.zeros((1, 1, 112, 64), jnp.bfloat16)
+    scores = alibi_scores(
+        zero, jnp.zeros((1, 2048, 112, 64), jnp.bfloat16), jnp.asarray(slopes, jnp.float32), jnp.array([2047])
+    )  # fmt: skip
+    exact = slopes[:, None] * (np.arange(2048) - 2047)
+    np.testing.assert_allclose(scores[0, :, 0], exact, rtol=2e-7)
+
+
+def test_position_bias_reaches_the_output():
+    q, k, v, g, slopes = problem(1, 33, 4, 64)
+    biased = np.asarray(forward_and_backward(q, k, v, g, slopes)[0])
+    plain = np.asarray(forward_and_backward(q, k, v, g, 0 * slopes)[0])
+    np.testing.assert_allclose(plain, reference(q, k, v, g, 0 * slopes)[0], rtol=0, atol=3e-6)
+    assert np.all(plain[:, 0] == biased[:, 0])  # the first token has one key
+    assert np.all(np.abs(plain - biased)[:, 16:].max((0, 1, 3)) > 0.02)  # of every head
+
+
+def test_nothing_flows_back_from_the_future():
+    q, k, v, g, slopes = problem(1, 33, 4, 64)
+    before = forward_and_backward(q, k, v, g, slopes)[0]
+    cut = 20
+    q2, k2, v2 = (a.at[:, cut:].add(3.0) for a in (q, k, v))
+    after = forward_and_backward(q2, k2, v2, g, slopes)[0]
+    assert np.all(np.asarray(before)[:, :cut] == np.asarray(after)[:, :cut])
+    assert np.all(np.abs(np.asarray(before - after)[:, cut:]).max(-1) > 0)
+    # The gradient of the first outputs alone does not touch later keys and values.
+    _, _, dk, dv = forward_and_backward(q, k, v, g.at[:, cut:].set(0), slopes)
+    assert np.all(np.asarray(dk)[:, cut:] == 0) and np.all(np.asarray(dv)[:, cut:] == 0)
+
+
+RATE = 0.25
+
+
+def dropped_probabilities(dtype, seed):
+    """With unit vectors for values the context is the dropped probabilities: the mask, read from outside."""
+    L = 16
+    q, k, _, _, slopes = problem(2, L, 4, L, dtype)
+    v = jnp.broadcast_to(jnp.eye(L, dtype=dtype)[None, :, None], (2, L, 4, L))
+    context, *_ = forward_and_backward(
+        q, k, v, v, slopes, dropout_rate=RATE, dropout_rng=jax.random.key(seed)
+    )
+    p = reference(q, k, v, v, slopes)[4]
+    return np.asarray(jnp.moveaxis(context, 2, 1), np.float64), p
+
+
+def test_dropout_scales_what_it_keeps():
+    dropped, p = dropped_probabilities(jnp.float32, 3)
+    causal = np.broadcast_to(np.tri(16, dtype=bool), p.shape)
+    kept = dropped > 0
+    np.testing.assert_allclose(dropped[kept], p[kept] / (1 - RATE), rtol=1e-5)
+    assert not kept[~causal].any()
+    n = causal.sum()
+    assert abs(kept.sum() - (1 - RATE) * n) < 4 * np.sqrt(n * RATE * (1 - RATE))
+    assert np.all(dropped == dropped_probabilities(jnp.float32, 3)[0])
+    # Rows of the batch, heads and keys draw their own masks.
+    others = kept[0, 0], kept[1, 0], kept[0, 1], dropped_probabilities(jnp.float32, 4)[0][0, 0] > 0
+    assert len({mask.tobytes() for mask in others}) == 4
+
+
+def test_gradient_with_dropout_uses_the_mask_of_the_forward_pass():
+    dropped, p = dropped_probabilities(jnp.float32, 3)
+    mask = (dropped > 0) / (1 - RATE)
+    q, k, _, _, slopes = problem(2, 16, 4, 16)
+    _, _, v, g, _ = problem(2, 16, 4, 16, seed=5)
+    expected = reference(q, k, v, g, slopes, mask)[:4]
+    got = forward_and_backward(
+        q, k, v, g, slopes, dropout_rate=RATE, dropout_rng=jax.random.key(3)
+    )
+    for name, ours, theirs in zip(("context", "dq", "dk", "dv"), got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dropout_keeps_the_mean(dtype):
+    q, k, v, g, slopes = problem(1, 9, 4, 16, dtype)
+    num = 4000
+    keys = jax.random.split(jax.random.key(0), num)
+    draw = jax.vmap(
+        lambda key: xla_attention(q, k, v, slopes, dropout_rate=RATE, dropout_rng=key)
+    )
+    contexts = np.asarray(jax.jit(draw)(keys), np.float64)
+    exact = reference(q, k, v, g, slopes)[0]
+    error = np.abs(contexts.mean(0) - exact)
+    noise = contexts.std(0) / np.sqrt(num)
+    rounding = 0.0 if dtype == jnp.float32 else 0.25 * BF16_ROUNDOFF
+    assert np.all(error <= 4.5 * noise + rounding)
+
+
+def test_no_dropout_without_a_rate_or_a_key():
+    q, k, v, g, slopes = problem(1, 9, 4, 16)
+    exact = forward_and_backward(q, k, v, g, slopes)[0]
+    no_rate = forward_and_backward(q, k, v, g, slopes, dropout_rng=jax.random.key(0))[0]
+    no_key = forward_and_backward(q, k, v, g, slopes, dropout_rate=RATE)[0]
+    assert np.all(exact == no_rate) and np.all(exact == no_key)
+
+
+def test_cached_attention_equals_full_attention():
+    """A left-padded row and a full one: three tokens at once, then one at a time, over a cache with empty slots."""
+    B, L, H, K, slots, padding = 2, 11, 6, 80, 16, 4
+    q, k, v, g, slopes = problem(B, L, H, K)
+    full = reference(q, k, v, g, slopes)[0][1]
+    short = reference(*(a[:1, padding:] for a in (q, k, v, g)), slopes)[0][0]
+    rng = np.random.default_rng(9)
+    garbage = [jnp.asarray(100 * rng.standard_normal((B, slots, H, K)), jnp.float32) for _ in "kv"]
+    valid = np.ones((B, slots), bool)
+    valid[0, :padding] = False
+    attend = jax.jit(cached_attention)
+    outputs, written = [], 0
+    for size in (3, *(1,) * (L - 3)):
+        end = written + size
+        keys, values = (cache.at[:, :end].set(new[:, :end]) for cache, new in zip(garbage, (k, v), strict=True))  # fmt: skip
+        outputs.append(attend(
+            q[:, written:end], keys, values, slopes, start=jnp.int32(written), k_valid_BS=jnp.asarray(valid),
+        ))  # fmt: skip
+        written = end
+    got = np.concatenate(outputs, axis=1)
+    assert got.shape == (B, L, H, K)
+    np.testing.assert_allclose(got[1], full, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(got[0, padding:], short, rtol=0, atol=3e-6)
+    assert np.all(np.isfinite(got))  # a padded query sees no key at all
+
+
+def test_an_unknown_kernel_is_named():
+    assert get_kernel("xla") is xla_attention
+    with pytest.raises(BadInput, match="no attention kernel 'flash3'; there are: .*xla"):
+        get_kernel("flash3")
