@@ -120,6 +120,8 @@ class TrainData:
             module, _, name = weights.partition(":")
             try:
                 weights = getattr(importlib.import_module(module), name)
+                if not isinstance(weights, dict):
+                    raise ValueError(f"{name} is a {type(weights).__name__}")
             except (ImportError, AttributeError, ValueError) as error:
                 raise BadInput(f"weights={self._weights!r} is not 'module:NAME' of a dict: {error}") from error
         if weights is None:

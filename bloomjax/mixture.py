@@ -7,6 +7,9 @@ MAKES: a run of three months depends on it, and tests/test_mixture.py freezes it
 
 import dataclasses
 import heapq
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +48,12 @@ def _left_count(m, share: int):
     return (m * share + _ONE // 2) >> 32
 
 
+def _check_weights(weights: Mapping[Any, float]) -> None:
+    bad = {name: w for name, w in weights.items() if not 0 < w < math.inf}
+    if bad or not weights:
+        raise BadInput(f"mixture weights must be positive numbers, got {bad or 'none'}")
+
+
 class Interleave:
     """Deals sample numbers to sources so that after any k samples each source has its share of k.
 
@@ -55,8 +64,7 @@ class Interleave:
 
     def __init__(self, weights: list[float]):
         """`weights` are positive shares in any unit."""
-        if not weights or min(weights) <= 0 or not np.isfinite(sum(weights)):
-            raise BadInput(f"mixture weights must be positive numbers, got {weights}")
+        _check_weights(dict(enumerate(weights)))
         self.num_sources = len(weights)
         self._tree = _huffman([float(w) for w in weights])
 
@@ -129,6 +137,7 @@ def temperature_weights(weights: dict[str, float], temperature: float) -> dict[s
     """w^(1/T) / sum, as mT5 (arXiv 2010.11934) smooths languages; T = 1 keeps the shares, larger T evens them out."""
     if not temperature > 0:
         raise BadInput(f"temperature must be positive, got {temperature}")
+    _check_weights(weights)
     powers = {name: w ** (1.0 / temperature) for name, w in weights.items()}
     total = sum(powers.values())
     return {name: p / total for name, p in powers.items()}
@@ -139,6 +148,7 @@ class Mixture:
 
     def __init__(self, weights: dict[str, float], num_windows: dict[str, int], seed: int):
         """`weights` are token shares (windows are of equal length); `num_windows` how many windows a source has."""
+        _check_weights(weights)
         empty = [name for name in weights if num_windows.get(name, 0) < 1]
         if empty:
             raise BadInput(f"no training window in: {', '.join(empty)} (fewer tokens than one sequence)")

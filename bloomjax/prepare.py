@@ -31,6 +31,8 @@ from bloomjax.vocabulary import Vocabulary
 
 _EXTRA_MODULES = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets"}
 _DOCUMENTS_PER_BATCH = 256
+# A model may have more ids than its vocabulary, to divide evenly; BLOOM has 200 more.
+_MAX_UNUSED_TOKENS = 1024
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -51,7 +53,8 @@ def prepare(
       mixture_or_task_name: its name; each Task is one language of the store.
       vocabulary_path: a SentencePiece .model or a tokenizer.json. Where there is none, a
         SentencePiece vocabulary is trained on the text that is not held out, and written here.
-      vocab_size: number of tokens of the vocabulary.
+      vocab_size: number of tokens of the vocabulary to train; one that exists may have up to
+        1,023 fewer, for a model whose vocabulary was rounded up.
       store_dir: the store to make.
       text_dir: folder with the text, for task modules that have none of their own.
       holdout_fraction: share of the documents of each language, at the end, for validation.
@@ -94,10 +97,11 @@ def import_seqio() -> types.ModuleType:
             warnings.simplefilter("ignore")
             import seqio
             import tensorflow as tf
+
+            with contextlib.suppress(RuntimeError):  # TensorFlow has started already
+                tf.config.set_visible_devices([], "GPU")
     except ModuleNotFoundError as error:
         raise _missing_extra(error) from None
-    with contextlib.suppress(RuntimeError):  # TensorFlow has started already
-        tf.config.set_visible_devices([], "GPU")
     return seqio
 
 
@@ -220,6 +224,8 @@ def _training_texts(languages: Sequence[_Language], holdout_fraction: float) -> 
 def _write_store(
     store_dir: str, languages: Sequence[_Language], vocab: Vocabulary, holdout_fraction: float
 ) -> TokenStore:
+    for leftover in sorted(Path(store_dir).parent.glob(f"{Path(store_dir).name}.partial-*")):
+        _say(f"{leftover} is of a run that was killed, or still works; nothing reads it")
     _say(f"writing {store_dir}: training + validation")
     width = max(len(language.label) for language in languages)
     entries = {}
@@ -288,7 +294,7 @@ def _same_text(store: TokenStore, language: _Language) -> bool:
 
 def _open_vocabulary(path: str, vocab_size: int) -> Vocabulary:
     vocab = vocabulary.open_vocabulary(path)
-    if vocab.size != vocab_size:
+    if not 0 <= vocab_size - vocab.size < _MAX_UNUSED_TOKENS:
         raise BadInput(f"the vocabulary {path} has {vocab.size} tokens, VOCAB_SIZE is {vocab_size}")
     return vocab
 

@@ -50,11 +50,6 @@ class Vocabulary(Protocol):
         """SHA-256 of the vocabulary file, as 64 hexadecimal digits."""
         ...
 
-    @property
-    def path(self) -> Path:
-        """The file the vocabulary was read from."""
-        ...
-
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without `<s>` and `</s>`."""
         ...
@@ -70,6 +65,10 @@ class Vocabulary(Protocol):
 
 class SentencePieceVocabulary:
     """A SentencePiece model with byte fallback; `decode(encode(text)) == text` for every text.
+
+    Attributes:
+      path: the file it was read from.
+      fingerprint: SHA-256 of the file, as 64 hexadecimal digits.
 
     Raises:
       BadInput: the file is missing, is no SentencePiece model, or has other special ids.
@@ -127,6 +126,10 @@ class ByteLevelBPEVocabulary:
     """Byte-level BPE in a Hugging Face `tokenizer.json`, such as BLOOM's own.
 
     Special tokens written out in a text (`</s>`) are encoded as ordinary text.
+
+    Attributes:
+      path: the file it was read from.
+      fingerprint: SHA-256 of the file, as 64 hexadecimal digits.
 
     Raises:
       BadInput: the file is missing, is no tokenizer.json, or has other special ids.

@@ -1,9 +1,10 @@
 """BLOOM in a page of float64, straight from its definition; shares no code with the package.
 
-embedding -> LayerNorm -> blocks -> LayerNorm -> tied logits, every block x + dense(attention(LN(x))), then
-x + mlp(LN(x)); linear biases everywhere; GELU in its tanh form (bigscience-workshop/Megatron-DeepSpeed,
-megatron/model/transformer.py). ALiBi is the bias slope * key position, as there: equal to slope * distance up to a
-constant a row, which the softmax drops. `xp` is numpy, or jax.numpy where a gradient is wanted.
+embedding -> LayerNorm -> blocks -> LayerNorm -> tied logits; a block is x + dense(attention(LN(x))),
+then x + mlp(LN(x)); every linear layer has a bias, GELU is the tanh form
+(bigscience-workshop/Megatron-DeepSpeed, megatron/model/transformer.py). ALiBi is the bias
+slope * key position, as there: equal to slope * distance up to a constant a row, which the softmax
+drops. `xp` is numpy, or jax.numpy where a gradient is wanted.
 """
 
 import jax
@@ -18,7 +19,7 @@ SLOPES = {  # Megatron-DeepSpeed, _build_alibi_tensor
 
 
 def random_params(*, vocab_size, emb_dim, num_layers, num_heads, mlp_dim, seed=0):
-    """Parameters in the package's tree, every tensor random, in float32: no term of any gradient hides in a zero."""
+    """Float32 parameters in the package's tree, every tensor random: no error hides in a zero."""
     rng = np.random.default_rng(seed)
     D, H, K, F, L = emb_dim, num_heads, emb_dim // num_heads, mlp_dim, num_layers
 
@@ -32,7 +33,7 @@ def random_params(*, vocab_size, emb_dim, num_layers, num_heads, mlp_dim, seed=0
         return {"kernel": normal(fan_in**-0.5, L, *kernel), "bias": normal(0.3, L, *bias)}
 
     return {
-        "embedding": normal(0.5, vocab_size, D),
+        "embedding": normal(0.2, vocab_size, D),
         "embedding_norm": norm(D),
         "final_norm": norm(D),
         "layers": {
@@ -74,13 +75,19 @@ def _mlp(x, p, xp):
     return h @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
 
 
+def _block(x, p, xp):
+    x = x + _attention(_layer_norm(x, p["attention_norm"], xp), p, xp)
+    return x + _mlp(_layer_norm(x, p["mlp_norm"], xp), p, xp)
+
+
 def logits(params, tokens, xp=np):
     """Logits [B, L, V] in the precision of `params`."""
     x = _layer_norm(params["embedding"][tokens], params["embedding_norm"], xp)
-    for i in range(params["layers"]["qkv"]["bias"].shape[0]):
-        p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        x = x + _attention(_layer_norm(x, p["attention_norm"], xp), p, xp)
-        x = x + _mlp(_layer_norm(x, p["mlp_norm"], xp), p, xp)
+    if xp is np:
+        for i in range(params["layers"]["qkv"]["bias"].shape[0]):
+            x = _block(x, jax.tree.map(lambda a, i=i: a[i], params["layers"]), xp)
+    else:
+        x, _ = jax.lax.scan(lambda x, p: (_block(x, p, xp), None), x, params["layers"])
     return _layer_norm(x, params["final_norm"], xp) @ params["embedding"].T
 
 

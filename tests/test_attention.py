@@ -16,8 +16,8 @@ from bloomjax.attention import (
 )
 from bloomjax.errors import BadInput
 
-# _build_alibi_tensor of bigscience-workshop/Megatron-DeepSpeed, megatron/model/transformer.py, run for these numbers
-# of heads: (head, slope). 112 heads are BLOOM-176B's.
+# (head, slope) as _build_alibi_tensor of bigscience-workshop/Megatron-DeepSpeed,
+# megatron/model/transformer.py, gives them. BLOOM-176B has 112 heads.
 GOLDEN_SLOPES = {
     6: [(0, 0.25), (1, 0.0625), (2, 0.015625), (3, 0.00390625), (4, 0.5), (5, 0.125)],
     16: [
@@ -32,6 +32,7 @@ GOLDEN_SLOPES = {
     ],
 }  # fmt: skip
 
+NAMES = ("context", "dq", "dk", "dv")
 BF16_ROUNDOFF = 2.0**-8  # 8 significant bits, to nearest
 
 
@@ -43,7 +44,7 @@ def problem(B, L, H, K, dtype=np.float32, seed=0):
 
 
 def reference(q, k, v, g, slopes, drop=1.0):
-    """Context, dq, dk, dv and the probabilities; `drop` [B, H, L, L] multiplies the probabilities."""
+    """Context, dq, dk, dv and the probabilities, which `drop` [B, H, L, L] multiplies."""
     q, k, v, g, slopes = (np.asarray(a, np.float64) for a in (q, k, v, g, slopes))
     L, K = q.shape[1], q.shape[3]
     distance = np.arange(L)[None, :] - np.arange(L)[:, None]
@@ -97,19 +98,18 @@ def test_the_reference_of_this_file_agrees_with_finite_differences():
 
 @pytest.mark.parametrize(
     ("B", "L", "H", "K"),
-    [(2, 33, 4, 64), (2, 17, 6, 80), (1, 65, 4, 96), (1, 31, 6, 128), (3, 1, 4, 64), (1, 261, 6, 64)],
+    [(2, 33, 4, 64), (2, 17, 6, 80), (1, 65, 4, 96), (1, 261, 6, 128), (3, 1, 4, 64)],
 )
 def test_float32_equals_float64(B, L, H, K):
     arguments = problem(B, L, H, K)
     expected = reference(*arguments)[:4]
-    for name, got, want in zip(
-        ("context", "dq", "dk", "dv"), forward_and_backward(*arguments), expected, strict=True
-    ):
+    for name, got, want in zip(NAMES, forward_and_backward(*arguments), expected, strict=True):
         assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * max(1, np.abs(want).max()), err_msg=name)  # fmt: skip
+        atol = 2e-6 * max(1, np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize(("B", "L", "H", "K"), [(2, 33, 4, 64), (1, 31, 6, 128), (1, 261, 6, 64)])
+@pytest.mark.parametrize(("B", "L", "H", "K"), [(2, 33, 4, 64), (1, 261, 6, 128)])
 def test_bf16_rounds_only_probabilities_and_results(B, L, H, K):
     arguments = problem(B, L, H, K, jnp.bfloat16)
     context, dq, dk, dv, p = reference(*arguments)
@@ -117,7 +117,8 @@ def test_bf16_rounds_only_probabilities_and_results(B, L, H, K):
     assert all(a.dtype == jnp.bfloat16 for a in got)
     got = [np.asarray(a, np.float64) for a in got]
     # Scores, softmax and sums are float32; each probability and then the sum round once to bf16.
-    bound = 2 * BF16_ROUNDOFF * np.einsum("bhls,bshk->blhk", p, np.abs(np.asarray(arguments[2], np.float64)))  # fmt: skip
+    v = np.asarray(arguments[2], np.float64)
+    bound = 2 * BF16_ROUNDOFF * np.einsum("bhls,bshk->blhk", p, np.abs(v))
     assert np.all(np.abs(got[0] - context) <= 1.01 * bound + 1e-5)
     # Backward too: one rounding inside and one at the end, here in the mean over all elements.
     for ours, theirs in zip(got[1:], (dq, dk, dv), strict=True):
@@ -127,16 +128,14 @@ def test_bf16_rounds_only_probabilities_and_results(B, L, H, K):
 def test_bias_is_exact_far_from_the_start():
     """Rounded to bf16, as slope * key position, it is off by up to 4 at position 2047."""
     slopes = alibi_slopes(112)
-    zero = jnp.zeros((1, 1, 112, 64), jnp.bfloat16)
-    scores = alibi_scores(
-        zero, jnp.zeros((1, 2048, 112, 64), jnp.bfloat16), jnp.asarray(slopes, jnp.float32), jnp.array([2047])
-    )  # fmt: skip
+    q, k = jnp.zeros((1, 1, 112, 8), jnp.bfloat16), jnp.zeros((1, 2048, 112, 8), jnp.bfloat16)
+    scores = alibi_scores(q, k, jnp.asarray(slopes, jnp.float32), jnp.array([2047]))
     exact = slopes[:, None] * (np.arange(2048) - 2047)
     np.testing.assert_allclose(scores[0, :, 0], exact, rtol=2e-7)
 
 
 def test_position_bias_reaches_the_output():
-    q, k, v, g, slopes = problem(1, 33, 4, 64)
+    q, k, v, g, slopes = problem(2, 33, 4, 64)
     biased = np.asarray(forward_and_backward(q, k, v, g, slopes)[0])
     plain = np.asarray(forward_and_backward(q, k, v, g, 0 * slopes)[0])
     np.testing.assert_allclose(plain, reference(q, k, v, g, 0 * slopes)[0], rtol=0, atol=3e-6)
@@ -145,7 +144,7 @@ def test_position_bias_reaches_the_output():
 
 
 def test_nothing_flows_back_from_the_future():
-    q, k, v, g, slopes = problem(1, 33, 4, 64)
+    q, k, v, g, slopes = problem(2, 33, 4, 64)
     before = forward_and_backward(q, k, v, g, slopes)[0]
     cut = 20
     q2, k2, v2 = (a.at[:, cut:].add(3.0) for a in (q, k, v))
@@ -161,7 +160,7 @@ RATE = 0.25
 
 
 def dropped_probabilities(dtype, seed):
-    """With unit vectors for values the context is the dropped probabilities: the mask, read from outside."""
+    """With unit vectors for values the context is the dropped probabilities: the mask, seen."""
     L = 16
     q, k, _, _, slopes = problem(2, L, 4, L, dtype)
     v = jnp.broadcast_to(jnp.eye(L, dtype=dtype)[None, :, None], (2, L, 4, L))
@@ -192,55 +191,60 @@ def test_gradient_with_dropout_uses_the_mask_of_the_forward_pass():
     q, k, _, _, slopes = problem(2, 16, 4, 16)
     _, _, v, g, _ = problem(2, 16, 4, 16, seed=5)
     expected = reference(q, k, v, g, slopes, mask)[:4]
-    got = forward_and_backward(
-        q, k, v, g, slopes, dropout_rate=RATE, dropout_rng=jax.random.key(3)
-    )
-    for name, ours, theirs in zip(("context", "dq", "dk", "dv"), got, expected, strict=True):
+    got = forward_and_backward(q, k, v, g, slopes, dropout_rate=RATE, dropout_rng=jax.random.key(3))
+    for name, ours, theirs in zip(NAMES, got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dropout_keeps_the_mean(dtype):
-    q, k, v, g, slopes = problem(1, 9, 4, 16, dtype)
-    num = 4000
-    keys = jax.random.split(jax.random.key(0), num)
-    draw = jax.vmap(
-        lambda key: xla_attention(q, k, v, slopes, dropout_rate=RATE, dropout_rng=key)
-    )
-    contexts = np.asarray(jax.jit(draw)(keys), np.float64)
-    exact = reference(q, k, v, g, slopes)[0]
-    error = np.abs(contexts.mean(0) - exact)
-    noise = contexts.std(0) / np.sqrt(num)
-    rounding = 0.0 if dtype == jnp.float32 else 0.25 * BF16_ROUNDOFF
-    assert np.all(error <= 4.5 * noise + rounding)
+def test_dropout_keeps_the_mean():
+    q, k, v, g, slopes = problem(1, 9, 4, 16)
+    num = 2000
+    draw = jax.vmap(lambda key: xla_attention(q, k, v, slopes, dropout_rate=RATE, dropout_rng=key))
+    contexts = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(0), num)), np.float64)
+    error = np.abs(contexts.mean(0) - reference(q, k, v, g, slopes)[0])
+    assert np.all(error <= 4.5 * contexts.std(0) / np.sqrt(num))
+    assert contexts.std() > 0.1
+
+
+def test_dropout_keeps_the_mean_in_bf16():
+    """Each probability is rounded, but 1 / (1 - rate) is not: else training and evaluation differ."""
+    dropped, p = dropped_probabilities(jnp.bfloat16, 3)
+    seen = (dropped > 0) & (p > 1e-3)
+    ratio = dropped[seen] * (1 - RATE) / p[seen]
+    assert np.all(np.abs(ratio - 1) < 2.02 * BF16_ROUNDOFF)
+    assert abs(ratio.mean() - 1) < 4.5 * ratio.std() / np.sqrt(seen.sum())
 
 
 def test_no_dropout_without_a_rate_or_a_key():
-    q, k, v, g, slopes = problem(1, 9, 4, 16)
-    exact = forward_and_backward(q, k, v, g, slopes)[0]
-    no_rate = forward_and_backward(q, k, v, g, slopes, dropout_rng=jax.random.key(0))[0]
-    no_key = forward_and_backward(q, k, v, g, slopes, dropout_rate=RATE)[0]
-    assert np.all(exact == no_rate) and np.all(exact == no_key)
+    q, k, v, _, slopes = problem(1, 9, 4, 16)
+
+    @jax.jit
+    def three(key):
+        attend = functools.partial(xla_attention, q, k, v, slopes)
+        return attend(), attend(dropout_rng=key), attend(dropout_rate=RATE)
+
+    plain, no_rate, no_key = three(jax.random.key(0))
+    assert np.all(plain == no_rate) and np.all(plain == no_key)
 
 
 def test_cached_attention_equals_full_attention():
-    """A left-padded row and a full one: three tokens at once, then one at a time, over a cache with empty slots."""
-    B, L, H, K, slots, padding = 2, 11, 6, 80, 16, 4
+    """A left-padded row and a full one: some tokens at once, then one by one; empty slots hold junk."""
+    B, L, H, K, slots, padding = 2, 9, 6, 80, 16, 3
     q, k, v, g, slopes = problem(B, L, H, K)
     full = reference(q, k, v, g, slopes)[0][1]
     short = reference(*(a[:1, padding:] for a in (q, k, v, g)), slopes)[0][0]
     rng = np.random.default_rng(9)
-    garbage = [jnp.asarray(100 * rng.standard_normal((B, slots, H, K)), jnp.float32) for _ in "kv"]
+    caches = 100 * rng.standard_normal((2, B, slots, H, K)).astype(np.float32)
     valid = np.ones((B, slots), bool)
     valid[0, :padding] = False
     attend = jax.jit(cached_attention)
     outputs, written = [], 0
-    for size in (3, *(1,) * (L - 3)):
+    q, k, v = (np.asarray(a) for a in (q, k, v))
+    for size in (4, *(1,) * (L - 4)):
         end = written + size
-        keys, values = (cache.at[:, :end].set(new[:, :end]) for cache, new in zip(garbage, (k, v), strict=True))  # fmt: skip
-        outputs.append(attend(
-            q[:, written:end], keys, values, slopes, start=jnp.int32(written), k_valid_BS=jnp.asarray(valid),
-        ))  # fmt: skip
+        caches[:, :, written:end] = k[:, written:end], v[:, written:end]
+        now = q[:, written:end]
+        outputs.append(attend(now, *caches, slopes, start=np.int32(written), k_valid_BS=valid))
         written = end
     got = np.concatenate(outputs, axis=1)
     assert got.shape == (B, L, H, K)

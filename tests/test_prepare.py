@@ -69,10 +69,11 @@ def snapshot(folder):
     }
 
 
-def test_store_is_the_text(prepared, capsys):
-    store = TokenStore(prepared["store_dir"])
+def test_store_is_the_text(arguments, capsys):
+    prepare(**arguments)
+    store = TokenStore(arguments["store_dir"])
     store.verify()
-    vocab = open_vocabulary(prepared["vocabulary_path"])
+    vocab = open_vocabulary(arguments["vocabulary_path"])
     assert store.languages == ("code-c", "en", "fr")
     assert store.vocabulary_fingerprint == vocab.fingerprint
     assert store.vocab_size == vocab.size == 400
@@ -105,7 +106,7 @@ def test_vocabulary_does_not_see_what_is_held_out(arguments, text_dir):
 def test_nothing_to_do(prepared, tmp_path, text_dir, capsys):
     before = snapshot(tmp_path)
     capsys.readouterr()
-    prepare(**prepared)
+    prepare(**{**prepared, "vocab_size": 512})  # a model with some ids more than the vocabulary
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "is up to date, nothing to do: 3 languages" in out
     text_dir.rename(tmp_path / "moved")  # the same files elsewhere
@@ -124,7 +125,8 @@ def test_other_stores_are_not_touched(prepared, tmp_path, text_dir):
         assert snapshot(tmp_path / "store") == before
 
     refuse("the held-out fraction", holdout_fraction=0.2)
-    refuse("has 400 tokens, VOCAB_SIZE is 401", vocab_size=401)
+    refuse("has 400 tokens, VOCAB_SIZE is 399", vocab_size=399)
+    refuse("has 400 tokens, VOCAB_SIZE is 1424", vocab_size=1424)
     refuse("there is no vocabulary", vocabulary_path=str(tmp_path / "missing.model"))
     (text_dir / "tum.txt").write_text("one\n\ntwo")
     refuse("made from something else: new: tum.")

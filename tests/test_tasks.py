@@ -138,7 +138,9 @@ def test_unusable_folders(tmp_path):
     with pytest.raises(BadInput, match="empty has no text"):
         find_languages(tmp_path / "empty")
     (tmp_path / "one" / "xx").mkdir(parents=True)
-    with pytest.raises(BadInput, match=r"'xx' has no text: no \.txt, \.jsonl or code file in .*/xx"):
+    with pytest.raises(
+        BadInput, match=r"'xx' has no text: no \.txt, \.jsonl or code file in .*/xx"
+    ):
         find_languages(tmp_path / "one")
     make_files(tmp_path / "twice", "xx.txt", "xx.jsonl")
     with pytest.raises(BadInput, match=r"'xx' is there twice: .*xx\.jsonl and .*xx\.txt"):

@@ -20,7 +20,6 @@ class ByteVocabulary:
     unk_id, bos_id, eos_id, pad_id = 0, 1, 2, 3
     size = 260
     fingerprint = "f" * 64
-    path = None
 
     def encode(self, text):
         return [byte + 4 for byte in text.encode()]
@@ -46,7 +45,8 @@ def make_documents(num_documents, seed=0, longest=40):
 def plain_tokens(documents):
     """Independent of the store: every document and </s>, end to end."""
     return np.array(
-        list(itertools.chain.from_iterable([*VOCABULARY.encode(d), 2] for d in documents)), np.uint32
+        list(itertools.chain.from_iterable([*VOCABULARY.encode(d), 2] for d in documents)),
+        np.uint32,
     )
 
 
@@ -168,7 +168,9 @@ def test_source_file(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc")
     source = SourceFile.of(tmp_path / "a.txt")
     # FIPS 180-2, appendix B.1.
-    assert source.sha256.startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    assert source.sha256.startswith(
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
     assert source.num_bytes == 3
     with pytest.raises(BadInput, match="cannot read .*missing.txt: No such file"):
         SourceFile.of(tmp_path / "missing.txt")
@@ -361,7 +363,9 @@ def test_damage_is_located(tmp_path, small_files):
     data[64 * 4 + 4 + 40] ^= 1  # in the second chunk, behind 64 tokens and their crc32c
     file.write_bytes(data)
     store = TokenStore(tmp_path / "store")
-    with pytest.raises(BadInput, match="store: xx train tokens 320 to 384 cannot be read: DATA_LOSS"):
+    with pytest.raises(
+        BadInput, match="store: xx train tokens 320 to 384 cannot be read: DATA_LOSS"
+    ):
         store.verify()
     with pytest.raises(BadInput, match="xx train tokens 320 to 337 cannot be read"):
         store.read_windows("xx", "train", np.array([0, 20]), 16)
