@@ -6,6 +6,8 @@ fingerprint, which does not depend on how the leaf is sharded.
 """
 
 import contextlib
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -43,9 +45,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
     """A 32-bit fingerprint of every leaf by its path; equal bits give equal numbers on any mesh."""
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     values = jax.device_get(_fingerprints(list(leaves)))
-    return {
-        jax.tree_util.keystr(path): int(v) for path, v in zip(paths, values, strict=True)
-    }
+    return {jax.tree_util.keystr(path): int(v) for path, v in zip(paths, values, strict=True)}
 
 
 class Checkpoints:
@@ -71,7 +71,7 @@ class Checkpoints:
         self.directory: Path | None = None
 
     def open(self, directory: Path | str, *, read_only: bool = False) -> None:
-        """Looks at what is there; removes what a killed save left behind, unless `read_only`."""
+        """Looks at what is there; creates `directory` unless `read_only`."""
         self.directory = Path(directory).resolve()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -79,7 +79,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(self._keep),
                 create=not read_only,
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=False,  # see _remove_leftovers
                 enable_async_checkpointing=True,
                 # `train` decides when to save.
                 should_save_fn=lambda step, latest: latest is None or step > latest,
@@ -107,7 +107,13 @@ class Checkpoints:
         """Copies the state to the host and returns; the writing goes on behind. A step that is there is not rewritten."""
         if step in self.manager.all_steps():
             return
-        position = {**position, "step": step, "fingerprints": fingerprints(state)}
+        position = {
+            **position,
+            "step": step,
+            "arrays": _arrays(state),
+            "fingerprints": fingerprints(state),
+        }
+        position["checksum"] = _checksum(position)
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -120,8 +126,9 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, on the mesh of `abstract_state`; None if there is none at all.
 
-        `check_position` may refuse a checkpoint of another run by raising BadInput. A damaged checkpoint is put aside as
-        `damaged-<step>` and the one before is taken; BadInput if all are damaged.
+        `check_position` may refuse a checkpoint of another run by raising BadInput; one with other arrays than
+        `abstract_state` is refused too. A damaged checkpoint is put aside as `damaged-<step>` and the one before is taken;
+        BadInput if all are damaged.
         """
         steps = self.steps()[::-1]
         problems = []
@@ -129,6 +136,7 @@ class Checkpoints:
             try:
                 position = self._restore_position(step)
                 check_position(position)
+                self._check_arrays(step, abstract_state, position)
                 state = self._restore_state(step, abstract_state, position)
             except BadInput:
                 raise
@@ -139,23 +147,32 @@ class Checkpoints:
                 continue
             for damaged, _ in problems:
                 self._put_aside(damaged)
+            self._remove_leftovers()
             return state, position
         if problems:
             raise BadInput(f"{problems[0][1]} (and no other of the steps {steps} can be restored)")
+        self._remove_leftovers()
         return None
 
     def read_position(self, step: int | None = None) -> dict[str, Any]:
-        """The position saved with `step` (the newest by default). BadInput names the steps that exist."""
+        """The position saved with `step` (the newest by default). BadInput names the steps that exist, or the damage."""
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise BadInput(f"{wanted} in {self.directory}; there are: {', '.join(map(str, steps)) or 'none'}")  # fmt: skip
-        return self._restore_position(steps[-1] if step is None else step)
+        step = steps[-1] if step is None else step
+        try:
+            return self._restore_position(step)
+        except Exception as error:
+            raise BadInput(
+                f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}"
+            ) from error
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Only the parameters of `step`, verified; for inference. BadInput if they are damaged or of another model."""
         assert self.directory is not None
         position = self._restore_position(step)
+        self._check_arrays(step, abstract_params, position, prefix=".params")
         item = {"params": abstract_params}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -166,7 +183,7 @@ class Checkpoints:
                         item=item, restore_args=restore_args, partial_restore=True
                     ),
                 )
-                _verify(restored["params"], abstract_params, position, prefix=".params")
+                _verify(restored["params"], position, prefix=".params")
             except Exception as error:
                 raise BadInput(f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}") from error  # fmt: skip
         return restored["params"]
@@ -185,12 +202,29 @@ class Checkpoints:
         restored = self.manager.restore(
             step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
         )
-        return restored["position"]
+        position = restored["position"]
+        if position.pop("checksum", None) != _checksum(position):
+            raise ValueError("the position differs from its checksum")
+        return position
+
+    def _check_arrays(
+        self, step: int, abstract_state: Any, position: dict[str, Any], prefix: str = ""
+    ) -> None:
+        """BadInput unless the checkpoint has these arrays: Orbax would cast another dtype without a word."""
+        wanted = _arrays(abstract_state, prefix)
+        there = {name: a for name, a in position["arrays"].items() if name.startswith(prefix)}
+        names = [name for name in wanted | there if wanted.get(name) != there.get(name)]
+        if names:
+            name = names[0]
+            raise BadInput(
+                f"checkpoint {self.directory}/{step} has other arrays in {len(names)} places: {name} is "
+                f"{there.get(name, 'missing')} there, {wanted.get(name, 'missing')} here"
+            )
 
     def _restore_state(self, step: int, abstract_state: Any, position: dict[str, Any]) -> Any:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         state = self.manager.restore(step, args=args)["state"]
-        _verify(state, abstract_state, position)
+        _verify(state, position)
         return state
 
     def _put_aside(self, step: int) -> None:
@@ -203,15 +237,29 @@ class Checkpoints:
                 (self.directory / str(step)).rename(target)
         self.manager.reload()
 
+    def _remove_leftovers(self) -> None:
+        """Of killed saves. Only once it is clear that the folder is this run's: Orbax would do it when it opens."""
+        assert self.directory is not None
+        if jax.process_index() == 0:
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path)
 
-def _verify(state: Any, abstract_state: Any, position: dict[str, Any], prefix: str = "") -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    for (path, x), want in zip(leaves, jax.tree.leaves(abstract_state), strict=True):
-        if (x.shape, x.dtype) != (want.shape, want.dtype):
-            name = jax.tree_util.keystr(path)
-            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}, should be {want.dtype}{list(want.shape)}")  # fmt: skip
+
+def _arrays(tree: Any, prefix: str = "") -> dict[str, str]:
+    """dtype and shape of every leaf by its path, such as "float32[2, 3]"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {prefix + jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _checksum(position: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(position, sort_keys=True).encode()).hexdigest()
+
+
+def _verify(state: Any, position: dict[str, Any], prefix: str = "") -> None:
     saved = position["fingerprints"]
-    wrong = [name for name, value in fingerprints(state).items() if saved.get(prefix + name) != value]
+    wrong = [
+        name for name, value in fingerprints(state).items() if saved.get(prefix + name) != value
+    ]
     if wrong:
         raise ValueError(f"content differs from its fingerprint in {len(wrong)} arrays: {', '.join(wrong[:3])}")  # fmt: skip
 

@@ -40,7 +40,9 @@ def load_model(model_dir: Path, step: int | None) -> tuple[Bloom, dict, Vocabula
     optimizer = config.build("train.optimizer", model_dir / "config.gin")
     abstract = abstract_state(model, optimizer, mesh).params
     whole = NamedSharding(mesh, PartitionSpec())
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract
+    )
     params = checkpoints.restore_params(position["step"], abstract)
     checkpoints.close()
     files = sorted((model_dir / "vocabulary").glob("*"))
@@ -69,7 +71,7 @@ def generate() -> int:
         raise BadInput("give --checkpoint=MODEL_DIR")
     prompts = read_prompts()
     model, params, vocabulary, sequence_length = load_model(Path(_CHECKPOINT.value), _STEP.value)
-    max_length = _MAX_LENGTH.value or sequence_length
+    max_length = sequence_length if _MAX_LENGTH.value is None else _MAX_LENGTH.value
     encoded = [vocabulary.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:

@@ -23,8 +23,13 @@ class EventFileWriter:
     """TensorBoard event files through tensorboardX, without TensorFlow, behind clu's writer interface."""
 
     def __init__(self, logdir: str):
-        from tensorboardX import SummaryWriter
-
+        # tensorboardX imports torch where it is installed, which takes seconds and is of no use here.
+        sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
+        try:
+            from tensorboardX import SummaryWriter
+        finally:
+            if sys.modules["torch"] is None:
+                del sys.modules["torch"]
         self._writer = SummaryWriter(logdir)
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
@@ -130,7 +135,9 @@ class Progress:
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         if self._tty:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False
+            )
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()

@@ -107,7 +107,9 @@ def constrain_activation(x: jax.Array, *names: str | None) -> jax.Array:
 def shardings(mesh: Mesh, specs):
     """A pytree of PartitionSpecs as NamedShardings on `mesh`."""
     return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+        lambda spec: NamedSharding(mesh, spec),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
 

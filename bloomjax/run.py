@@ -125,8 +125,10 @@ class Run:
         )  # fmt: skip
         if self._is_main:
             text = config.operative_config()
-            if text:
-                (self.model_dir / "config.gin").write_text(text, encoding="utf-8")
+            if text.strip():  # empty when no gin file was read
+                beside = self.model_dir / ".config.gin.tmp"
+                beside.write_text(text, encoding="utf-8")
+                os.replace(beside, self.model_dir / "config.gin")
             if self._make_writer:
                 self._writer = self._make_writer(str(self.model_dir))
         if self.step >= self._num_steps:
@@ -156,7 +158,10 @@ class Run:
         """Counts the step just dispatched and writes the record of the one before."""
         self._flush()
         self.step += 1
-        self._pending = self._record() | {"batch_size": self._batch_schedule.batch_size(self.step), **metrics}
+        self._pending = self._record() | {
+            "batch_size": self._batch_schedule.batch_size(self.step),
+            **metrics,
+        }
 
     def _record(self) -> dict[str, Any]:
         samples = self.samples
@@ -193,7 +198,9 @@ class Run:
             return
         self._metrics.write(record)
         if self._writer:
-            scalars = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+            scalars = {
+                k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"
+            }
             by_language = record.get("loss_by_language", {})
             scalars |= {f"loss_by_language/{name}": loss for name, loss in by_language.items()}
             self._writer.write_scalars(record["step"], scalars)
@@ -230,7 +237,9 @@ class Run:
         losses: dict[str, list[float]] = {}
         for languages, batch in batches:
             row_losses = np.asarray(eval_step(params, batch))
-            for language, loss in zip(languages, row_losses, strict=False):  # then come filling rows
+            for language, loss in zip(
+                languages, row_losses, strict=False
+            ):  # then come filling rows
                 losses.setdefault(language, []).append(float(loss))
         record["loss_by_language"] = {name: float(np.mean(x)) for name, x in sorted(losses.items())}
         record["validation_loss"] = float(np.mean([x for part in losses.values() for x in part]))
@@ -243,7 +252,10 @@ class Run:
         self._checkpoints.close()
         self._journal.write("stop", step=self.step, samples=self.samples, signal=signal_name)
         self._close()
-        print(f"stopped by {signal_name} after step {self.step}, saved; the same command goes on", flush=True)
+        print(
+            f"stopped by {signal_name} after step {self.step}, saved; the same command goes on",
+            flush=True,
+        )
         return EXIT_RESTART
 
     def finish(self, state: TrainState, vocabulary: Vocabulary, prompts: Sequence[str]) -> None:
@@ -256,12 +268,14 @@ class Run:
             return
         print_losses(self._metrics)
         if prompts:
-            print_samples(self._model, state.params, vocabulary, prompts, self._data.sequence_length)
+            print_samples(
+                self._model, state.params, vocabulary, prompts, self._data.sequence_length
+            )
         print(f"checkpoint: {self.model_dir / 'checkpoints' / str(self.step)}")
         if self._was_done:
             print(
-                f"all {self._num_steps} steps are done; to go further raise TRAIN_STEPS, for example "
-                f"--gin.TRAIN_STEPS={2 * self._num_steps}"
+                f"all {self.step} steps are done; to go further raise TRAIN_STEPS, for example "
+                f"--gin.TRAIN_STEPS={2 * self.step}"
             )
 
     def _close(self) -> None:
@@ -279,12 +293,16 @@ def print_losses(metrics: MetricsFile) -> None:
     first, last = found
     before, after = first["loss_by_language"], last["loss_by_language"]
     print(f"held-out loss in nats a token, step {first['step']} -> step {last['step']}:")
-    cells = [f"{name:<16}{before.get(name, float('nan')):6.2f} -> {after[name]:5.2f}" for name in after]
+    cells = [
+        f"{name:<16}{before.get(name, float('nan')):6.2f} -> {after[name]:5.2f}" for name in after
+    ]
     rows = -(-len(cells) // 3)
     for row in range(rows):
         print("   ".join(cells[row::rows]))
     fall = 1 - last["validation_loss"] / first["validation_loss"]
-    print(f"all languages: {first['validation_loss']:.3f} -> {last['validation_loss']:.3f} ({fall:.0%} lower)")
+    print(
+        f"all languages: {first['validation_loss']:.3f} -> {last['validation_loss']:.3f} ({fall:.0%} lower)"
+    )
 
 
 def print_samples(model, params, vocabulary, prompts: Sequence[str], max_length: int) -> None:

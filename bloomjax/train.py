@@ -1,5 +1,7 @@
 """The run from first line to last: `python -m bloomjax.train --gin_file=tiny.gin`."""
 
+import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -24,8 +26,13 @@ from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
 from bloomjax.token_store import store_exists
 from bloomjax.train_step import (
-    StepOptions, abstract_state, init_state, make_eval_step, make_train_step,
-)  # fmt: skip
+    StepOptions,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 
@@ -65,7 +72,7 @@ def train(
       compilation_cache_dir: where compiled programs are kept between runs; None for ~/.cache/bloomjax/xla.
 
     Returns:
-      Exit code: 0 when all is trained, 75 when a signal stopped the run after saving.
+      Exit code: 0 when all is trained, 75 when a signal stopped the run after saving, that of `prepare` if it failed.
 
     Raises:
       BadInput: anything given does not fit together; nothing was overwritten.
@@ -80,20 +87,16 @@ def train(
 
     # ---- data ----
     if prepare is not None and not store_exists(train_data.store_dir):
-        prepare_in_subprocess()
+        code = prepare_in_subprocess()
+        if code:
+            return code  # it has said why
     data = train_data.open()
     vocabulary = open_matching_vocabulary(vocabulary_path, data, model)
     eval_batches = list(eval_data.batches(data, device_mesh))
 
     # ---- abstract state, shardings, programs ----
     abstract = abstract_state(model, optimizer, device_mesh)
-    state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    replicated = NamedSharding(device_mesh, PartitionSpec())
-    train_step = jax.jit(
-        make_train_step(model, optimizer, step, device_mesh),
-        donate_argnums=0, out_shardings=(state_shardings, replicated),
-    )  # fmt: skip
-    eval_step = jax.jit(make_eval_step(model, step), out_shardings=replicated)
+    init, train_step, eval_step = jit_programs(model, optimizer, step, device_mesh, abstract)
 
     # ---- restore ----
     run = Run(
@@ -103,31 +106,52 @@ def train(
     )  # fmt: skip
     state = run.restore(abstract)
     if state is None:
-        init = jax.jit(init_state, static_argnums=(0, 1, 2), out_shardings=state_shardings)
-        state = init(model, optimizer, seed)
+        state = init(seed)
     run.announce(state, filled)
     keep_vocabulary(vocabulary, run.model_dir)
 
     # ---- loop ----
-    with jax.set_mesh(device_mesh), StopSignals() as signals:
+    dropout_key = jax.random.key(seed + 1)
+    # Whatever ends the loop, a checkpoint that is being written gets finished.
+    with jax.set_mesh(device_mesh), StopSignals() as signals, contextlib.closing(checkpoints):
         batches = data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, multiple)
         while True:
             # Stop before all else: a job that was told to end has little time. Save before evaluating:
             # BLOOM lost 30 hours to evaluations that hung before the save.
-            if signals.received or checkpoints.is_due(run.step) or run.step == num_steps:
+            if signals.received or checkpoints.is_due(run.step) or run.step >= num_steps:
                 run.save(state)
             if signals.received:
                 return run.stop(signals.received)
             if run.is_evaluation_due():
                 run.evaluate(eval_step, state.params, eval_batches)
-            if run.step == num_steps:
+            if run.step >= num_steps:
                 break
             _, batch = next(batches)
             rate = np.float32(learning_rate(batch_schedule.samples_after(run.step)))
-            state, metrics = train_step(state, batch, rate, jax.random.key(seed + 1))
+            state, metrics = train_step(state, batch, rate, dropout_key)
             run.finish_step(metrics)
     run.finish(state, vocabulary, sample_prompts)
     return 0
+
+
+def jit_programs(
+    model: Bloom,
+    optimizer: optax.GradientTransformation,
+    step: StepOptions,
+    mesh: Mesh,
+    abstract: TrainState,
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """init(seed), train_step (gives its state away) and eval_step, with the shardings of `abstract`."""
+    state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    init = jax.jit(functools.partial(init_state, model, optimizer), out_shardings=state_shardings)
+    train_step = jax.jit(
+        make_train_step(model, optimizer, step, mesh),
+        donate_argnums=0,
+        out_shardings=(state_shardings, replicated),
+    )
+    eval_step = jax.jit(make_eval_step(model, step), out_shardings=replicated)
+    return init, train_step, eval_step
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -149,16 +173,15 @@ def check_model(model: Bloom, mesh: Mesh, sequence_length: int) -> None:
         vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=mlp_dim
     )
     if c.expected_params is not None and num != c.expected_params:
-        raise BadInput(f"this shape has {num:,} parameters, expected_params says {c.expected_params:,}")
+        raise BadInput(
+            f"this shape has {num:,} parameters, expected_params says {c.expected_params:,}"
+        )
 
 
-def prepare_in_subprocess() -> None:
+def prepare_in_subprocess() -> int:
     """Makes vocabulary and token store in a process of its own, so that this one never loads TensorFlow."""
     command = [sys.executable, "-m", "bloomjax.prepare", *config.arguments()]
-    if jax.process_index() == 0:
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            raise BadInput(f"the token store could not be prepared (exit code {code}): {' '.join(command)}")
+    return 0 if jax.process_index() else abs(subprocess.run(command, check=False).returncode)
 
 
 def open_matching_vocabulary(path: str, data: OpenTrainData, model: Bloom) -> Vocabulary:
@@ -181,7 +204,9 @@ def keep_vocabulary(vocabulary: Vocabulary, model_dir: Path) -> None:
     target = model_dir / "vocabulary" / vocabulary.path.name
     if jax.process_index() == 0 and not target.exists():
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(vocabulary.path, target)
+        beside = model_dir / f".{target.name}.tmp"
+        shutil.copyfile(vocabulary.path, beside)
+        os.replace(beside, target)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import partitioning
+from bloomjax.errors import BadInput
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
 
@@ -62,16 +63,20 @@ def init_state(model: Bloom, optimizer: optax.GradientTransformation, seed: int)
 def abstract_state(model: Bloom, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; called outside `jax.set_mesh`.
 
-    A parameter with a logical axis that has no rule is an error.
+    A parameter without logical axes, or with one that has no rule, is an error: nothing is replicated by accident.
     """
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     shapes = nn.unbox(boxed)
 
-    def sharding(names):
+    def sharding(path, shape, names):
+        if len(names) != len(shape.shape):
+            raise BadInput(
+                f"parameter {jax.tree_util.keystr(path)} of shape {shape.shape} has logical axes {tuple(names)}; "
+                "each dimension needs one (flax.linen.with_logical_partitioning)"
+            )
         return NamedSharding(mesh, partitioning.parameter_spec(names))
 
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    params = jax.tree.map(sharding, nn.get_partition_spec(boxed), is_leaf=is_spec)
+    params = jax.tree_util.tree_map_with_path(sharding, shapes, nn.get_partition_spec(boxed))
     replicated = NamedSharding(mesh, PartitionSpec())
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     opt = optax.tree_map_params(
@@ -97,7 +102,9 @@ def abstract_batch(num_rows: int, sequence_length: int, mesh: Mesh) -> Batch:
     }
 
 
-def row_losses(model: Bloom, options: StepOptions, params, batch: Batch, weights_BL, dropout_rng=None):
+def row_losses(
+    model: Bloom, options: StepOptions, params, batch: Batch, weights_BL, dropout_rng=None
+):
     """Weighted loss sum (differentiable) and the loss in nats of each token [B, L]."""
     tokens = batch["tokens"]
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
@@ -138,7 +145,9 @@ def make_train_step(
         token_weight = 1.0 / (jnp.sum(batch["weights"]) * (length - 1))
         key = jax.random.fold_in(dropout_key, state.step) if has_dropout else None
         shards = partitioning.num_batch_shards(mesh)
-        num_microbatches = num_rows // (shards * options.microbatch_size) if options.microbatch_size else 1
+        num_microbatches = (
+            num_rows // (shards * options.microbatch_size) if options.microbatch_size else 1
+        )
         if num_microbatches == 1:
             loss, grads = loss_and_grads(state.params, batch, token_weight, key)
         else:
@@ -146,7 +155,7 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def accumulate(params, batch, token_weight, key, num_microbatches):
@@ -175,7 +184,9 @@ def make_eval_step(model: Bloom, options: StepOptions) -> Callable[[Any, Batch],
 
     def eval_step(params, batch):
         B, length = batch["tokens"].shape
-        _, nll_BL = row_losses(model, options, params, batch, jnp.ones((B, length - 1), jnp.float32))
+        _, nll_BL = row_losses(
+            model, options, params, batch, jnp.ones((B, length - 1), jnp.float32)
+        )
         return jnp.mean(nll_BL, axis=1)
 
     return eval_step

@@ -30,3 +30,13 @@ def tiny_text(tmp_path_factory):
     from tiny_run import Text
 
     return Text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_text, tmp_path_factory):
+    """MODEL_DIR of the 40 steps of `tiny_run` without a break, bfloat16 compute on one device."""
+    import tiny_run
+
+    model_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert tiny_run.run(tiny_text, model_dir) == 0
+    return model_dir

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_bloom import jit
 
 from bloomjax.attention import (
     alibi_scores,
@@ -61,7 +62,7 @@ def reference(q, k, v, g, slopes, drop=1.0):
     return context, dq, dk, dv, p
 
 
-@functools.partial(jax.jit, static_argnames="dropout_rate")
+@functools.partial(jit, static_argnames="dropout_rate")
 def forward_and_backward(q, k, v, g, slopes, **dropout):
     context, pull = jax.vjp(lambda q, k, v: xla_attention(q, k, v, slopes, **dropout), q, k, v)
     return context, *pull(g)
@@ -200,7 +201,7 @@ def test_dropout_keeps_the_mean():
     q, k, v, g, slopes = problem(1, 9, 4, 16)
     num = 2000
     draw = jax.vmap(lambda key: xla_attention(q, k, v, slopes, dropout_rate=RATE, dropout_rng=key))
-    contexts = np.asarray(jax.jit(draw)(jax.random.split(jax.random.key(0), num)), np.float64)
+    contexts = np.asarray(jit(draw)(jax.random.split(jax.random.key(0), num)), np.float64)
     error = np.abs(contexts.mean(0) - reference(q, k, v, g, slopes)[0])
     assert np.all(error <= 4.5 * contexts.std(0) / np.sqrt(num))
     assert contexts.std() > 0.1
@@ -218,7 +219,7 @@ def test_dropout_keeps_the_mean_in_bf16():
 def test_no_dropout_without_a_rate_or_a_key():
     q, k, v, _, slopes = problem(1, 9, 4, 16)
 
-    @jax.jit
+    @jit
     def three(key):
         attend = functools.partial(xla_attention, q, k, v, slopes)
         return attend(), attend(dropout_rng=key), attend(dropout_rate=RATE)
@@ -237,7 +238,7 @@ def test_cached_attention_equals_full_attention():
     caches = 100 * rng.standard_normal((2, B, slots, H, K)).astype(np.float32)
     valid = np.ones((B, slots), bool)
     valid[0, :padding] = False
-    attend = jax.jit(cached_attention)
+    attend = jit(cached_attention)
     outputs, written = [], 0
     q, k, v = (np.asarray(a) for a in (q, k, v))
     for size in (4, *(1,) * (L - 4)):

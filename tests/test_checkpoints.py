@@ -82,6 +82,11 @@ def mesh(mesh_of):
 # ---- fingerprints ----
 
 
+def fingerprint(x):
+    (value,) = fingerprints({"x": x}).values()
+    return value
+
+
 def test_fingerprints_do_not_depend_on_sharding(mesh_of):
     shapes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
     found = [fingerprints(make_state(mesh_of(*shape))) for shape in shapes]
@@ -97,19 +102,19 @@ def test_fingerprints_do_not_depend_on_sharding(mesh_of):
 def test_any_flipped_bit_changes_the_fingerprint(dtype, shape):
     rng = np.random.default_rng(0)
     values = np.asarray(100 * rng.normal(size=shape)).astype(dtype)
-    before = fingerprints({"x": jnp.asarray(values)})["x"]
+    before = fingerprint(jnp.asarray(values))
     assert 0 <= before < 2**32
     num_bits = 8 * values.nbytes
     for bit in rng.permutation(num_bits)[:150]:
         raw = bytearray(values.tobytes())
         raw[bit // 8] ^= 1 << bit % 8
         flipped = np.frombuffer(bytes(raw), values.dtype).reshape(shape)
-        assert fingerprints({"x": jnp.asarray(flipped)})["x"] != before, bit
+        assert fingerprint(jnp.asarray(flipped)) != before, bit
 
 
 def test_fingerprints_see_order_and_sign_of_zero():
     def of(*values):
-        return fingerprints({"x": jnp.asarray(values, jnp.float32)})["x"]
+        return fingerprint(jnp.asarray(values, jnp.float32))
 
     assert len({of(1, 2, 3), of(2, 1, 3), of(3, 2, 1), of(1, 2, 3, 0)}) == 4
     assert of(0.0, 1.0) != of(-0.0, 1.0)
@@ -259,7 +264,7 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(two_steps, tmp_path, caplog
     rng = np.random.default_rng(0)
     files = [path.relative_to(original) for path in data_files(original / "20")]
     num_found = {"state": 0, "position": 0}
-    for number in range(60):
+    for number in range(3 * len(files)):
         folder = tmp_path / str(number)
         shutil.copytree(original, folder)
         path = files[number % len(files)]
@@ -281,7 +286,7 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(two_steps, tmp_path, caplog
             saved(folder, {20: states[20]})
             assert restored(folder, states[20], mesh)[1]["step"] == 20
         shutil.rmtree(folder)
-    assert num_found["state"] > 10 and num_found["position"] > 3, num_found
+    assert num_found["state"] > 4 and num_found["position"] > 0, num_found
 
 
 def test_every_bit_of_the_position_counts(two_steps, tmp_path):
@@ -289,7 +294,7 @@ def test_every_bit_of_the_position_counts(two_steps, tmp_path):
     original, states, mesh = two_steps
     (path,) = (p for p in data_files(original / "20" / "position") if b"samples" in p.read_bytes())
     text = path.read_bytes()
-    for number, (old, new) in enumerate(((b"160", b"161"), (b"0.30000000000000004", b"0.30000000000000005"))):
+    for number, (old, new) in enumerate(((b"160", b"161"), (b"0.30000000000000004", b"0.30000000000000014"))):
         assert text.count(old) == 1
         folder = tmp_path / str(number)
         shutil.copytree(original, folder)
@@ -305,7 +310,8 @@ def test_all_damaged_is_refused_and_nothing_is_touched(two_steps, tmp_path, capl
     shutil.copytree(original, folder)
     for step in (10, 20):
         largest = data_files(folder / str(step) / "state")[0]
-        largest.write_bytes(largest.read_bytes()[:-40])
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    (folder / "30.orbax-checkpoint-tmp").mkdir()
     before = tree(folder)
     with pytest.raises(BadInput, match=r"/20 is damaged: .* \(and no other of the steps \[20, 10\]") as error:
         restored(folder, states[20], mesh)
@@ -354,6 +360,7 @@ def test_a_refused_checkpoint_is_not_taken_for_damaged(two_steps, tmp_path):
     original, states, mesh = two_steps
     folder = tmp_path / "run"
     shutil.copytree(original, folder)
+    shutil.copytree(original / "20", folder / "30.orbax-checkpoint-tmp")  # perhaps being saved right now
     before = tree(folder)
 
     def refuse(position):

@@ -1,5 +1,6 @@
 """A store, a vocabulary and a model so small that a whole run takes a second or two; used by several tests."""
 
+import dataclasses
 import json
 import os
 import random
@@ -29,8 +30,10 @@ _SYLLABLES = {
 
 # The same run as `arguments()`, for `python -m bloomjax.train`.
 GIN = """
+import for_gin
 include 'bloom.gin'
 include 'pretrain.gin'
+train.mesh = @FirstDevices()
 TASK_MODULE = 'no.such.module'  # the store is there, so nothing may ask for it
 MIXTURE_OR_TASK_NAME = 'none'
 prepare.vocab_size = %VOCAB_SIZE
@@ -75,14 +78,14 @@ def _document(rng: random.Random, syllables: list[str]) -> str:
     return " ".join(rng.choice(words) + rng.choice(syllables) for _ in range(rng.randint(15, 40)))
 
 
-class FirstDevices:
-    """A MeshShape over the first `num` devices; the real one takes all of them."""
+@dataclasses.dataclass(frozen=True)
+class FirstDevices(MeshShape):
+    """A mesh over the first `num` devices; MeshShape takes all of them."""
 
-    def __init__(self, num: int, **shape: int):
-        self._num, self._shape = num, MeshShape(**shape)
+    num: int = 1
 
-    def build(self):
-        return self._shape.build(jax.devices()[: self._num])
+    def build(self, devices=None):
+        return super().build((devices or jax.devices())[: self.num])
 
 
 def tiny_model(**changes) -> Bloom:
@@ -130,14 +133,15 @@ def command(text: Text, model_dir: Path, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """For a command: one CPU device, this checkout, warnings shown."""
-    return os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPOSITORY)} | changes
+def environment() -> dict[str, str]:
+    """Of a command: this checkout and these tests; loading TensorFlow, seqio or torch ends it with code 97."""
+    path = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "no_tensorflow"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
 
 
-def execute(command: list[str], **changes: str) -> subprocess.CompletedProcess:
+def execute(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, env=environment(**changes), capture_output=True, text=True, timeout=600, check=False
+        command, env=environment(), capture_output=True, text=True, timeout=900, check=False
     )
 
 

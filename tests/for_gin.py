@@ -1,0 +1,23 @@
+"""What the gin file of a test may name besides the library; the only module here that imports gin for it."""
+
+import time
+
+import gin
+import tiny_run
+
+gin.external_configurable(tiny_run.FirstDevices)
+
+
+@gin.configurable
+class SlowWriter:
+    """Makes each step take 50 ms at least, so that a test can end a run in the middle."""
+
+    def __init__(self, logdir: str):
+        del logdir
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        del step, scalars
+        time.sleep(0.05)
+
+    def close(self) -> None:
+        pass
