@@ -70,12 +70,12 @@ def _xla_forward(keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
         "BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK, preferred_element_type=jnp.float32
     )
     context_BLHK = (keep_scale * context_BLHK).astype(q_BLHK.dtype)
-    return context_BLHK, (q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS)
+    return context_BLHK, (q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK)
 
 
 def _xla_backward(keep_scale, residuals, g_BLHK):
     """Every matmul takes operands of the compute dtype and accumulates in float32; autodiff would make them f32 x f32."""
-    q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS = residuals
+    q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK = residuals
     dtype = q_BLHK.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
@@ -84,7 +84,9 @@ def _xla_backward(keep_scale, residuals, g_BLHK):
     if keep_BHLS is not None:
         dp_BHLS = jnp.where(keep_BHLS, keep_scale * dp_BHLS, 0)
     p_BHLS = p_BHLS.astype(jnp.float32)
-    ds_BHLS = p_BHLS * (dp_BHLS - jnp.sum(p_BHLS * dp_BHLS, axis=-1, keepdims=True))
+    # Equal to sum_S p dp, but over K instead of S (arXiv 2205.14135, B.2): one pass over the probabilities less.
+    delta_BLH = jnp.sum(g_BLHK.astype(jnp.float32) * context_BLHK.astype(jnp.float32), axis=-1)
+    ds_BHLS = p_BHLS * (dp_BHLS - jnp.moveaxis(delta_BLH, 1, 2)[..., None])
     ds_BHLS = (ds_BHLS * q_BLHK.shape[-1] ** -0.5).astype(dtype)
     dq_BLHK = dot("BHLS,BSHK->BLHK", ds_BHLS, k_BSHK)
     dk_BSHK = dot("BHLS,BLHK->BSHK", ds_BHLS, q_BLHK)

@@ -113,6 +113,9 @@ class Checkpoints:
             "arrays": _arrays(state),
             "fingerprints": fingerprints(state),
         }
+        position = json.loads(
+            json.dumps(position)
+        )  # a copy: it is written while the caller goes on
         position["checksum"] = _checksum(position)
         self.manager.save(
             step,
@@ -127,8 +130,8 @@ class Checkpoints:
         """The newest checkpoint that is whole, on the mesh of `abstract_state`; None if there is none at all.
 
         `check_position` may refuse a checkpoint of another run by raising BadInput; one with other arrays than
-        `abstract_state` is refused too. A damaged checkpoint is put aside as `damaged-<step>` and the one before is taken;
-        BadInput if all are damaged.
+        `abstract_state` is refused too. A damaged checkpoint is put aside as `damaged-<step>` and the one before
+        is taken; BadInput if all are damaged.
         """
         steps = self.steps()[::-1]
         problems = []
@@ -155,7 +158,10 @@ class Checkpoints:
         return None
 
     def read_position(self, step: int | None = None) -> dict[str, Any]:
-        """The position saved with `step` (the newest by default). BadInput names the steps that exist, or the damage."""
+        """The position saved with `step` (the newest by default).
+
+        BadInput names the steps that exist, or the damage.
+        """
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"

@@ -133,7 +133,7 @@ def _mix(x: np.ndarray, key: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def temperature_weights(weights: dict[str, float], temperature: float) -> dict[str, float]:
+def temperature_weights(weights: Mapping[str, float], temperature: float) -> dict[str, float]:
     """w^(1/T) / sum, as mT5 (arXiv 2010.11934) smooths languages; T = 1 keeps the shares, larger T evens them out."""
     if not temperature > 0:
         raise BadInput(f"temperature must be positive, got {temperature}")

@@ -162,9 +162,8 @@ def _scatter_add(on_mesh, num_rows, g_BLD, tokens_BL):
 
 
 def _embed_forward(dtype, table_VD, tokens_BL):
-    mesh = jax.sharding.get_abstract_mesh()
-    lookup = functools.partial(_lookup, not mesh.empty)
-    if not mesh.empty:
+    lookup = functools.partial(_lookup, partitioning.on_mesh())
+    if partitioning.on_mesh():
         rows, residual = P(partitioning.BATCH_AXES), P(partitioning.BATCH_AXES, "tensor")
         lookup = jax.shard_map(
             lookup, in_specs=(P("tensor"), rows), out_specs=residual, check_vma=False
@@ -175,9 +174,9 @@ def _embed_forward(dtype, table_VD, tokens_BL):
 def _embed_backward(dtype, residuals, g_BLD):
     del dtype
     tokens_BL, vocab_size = residuals
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not partitioning.on_mesh():
         return _scatter_add(False, vocab_size, g_BLD, tokens_BL), None
+    mesh = jax.sharding.get_abstract_mesh()
     rows, residual = P(partitioning.BATCH_AXES), P(partitioning.BATCH_AXES, "tensor")
     scatter_add = functools.partial(_scatter_add, True, vocab_size // mesh.shape["tensor"])
     return jax.shard_map(
@@ -256,7 +255,8 @@ class Block(nn.Module):
         )(h_BLD)  # fmt: skip
         qkv_BLcHK = constrain_activation(qkv_BLcHK, "batch", "length", "qkv", "heads", "kv")
         qkv_BLcHK = checkpoint_name(qkv_BLcHK, "qkv")
-        q, k, v = (qkv_BLcHK[:, :, i] for i in range(3))
+        # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays.
+        q, k, v = (a.squeeze(2) for a in jnp.split(qkv_BLcHK, 3, axis=2))
         context_BLHK = checkpoint_name(self._attend(q, k, v, start, k_valid_BS), "context")
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = Dense(

@@ -15,7 +15,9 @@ LENGTH = 16
 
 
 def train_data(text, **changes):
-    return TrainData(**(dict(store_dir=str(text.store_dir), sequence_length=LENGTH, seed=3) | changes))
+    return TrainData(
+        **(dict(store_dir=str(text.store_dir), sequence_length=LENGTH, seed=3) | changes)
+    )
 
 
 def real_rows(batch):
@@ -211,13 +213,19 @@ def test_weights_as_dict_module_and_temperature(tiny_text, monkeypatch):
         ({"aa": 1.0, "xx": 1.0, "yy": 2.0}, "names xx, yy, which the store .* it has aa, bb, cc"),
         ("bloomjax.tasks.languages:ROOTS_WEIGHTS", "names .*en.* which the store"),
         ("bloomjax.tasks.languages:RATES", "is not 'module:NAME' of a dict: .*RATES"),
-        ("no_such_module:RATES", "is not 'module:NAME' of a dict: No module named 'no_such_module'"),
+        (
+            "no_such_module:RATES",
+            "is not 'module:NAME' of a dict: No module named 'no_such_module'",
+        ),
         ("RATES", "is not 'module:NAME' of a dict"),
         (":RATES", "is not 'module:NAME' of a dict"),
         ("bloomjax.tasks.languages:CODE_WEIGHT", "is not 'module:NAME' of a dict: .* is a float"),
         ({"aa": 1.0, "bb": 0.0}, "weights must be positive numbers, got"),
         ({"aa": 1.0, "bb": -1.0}, "weights must be positive numbers, got"),
-        ({"aa": -1.0, "bb": -1.0}, "weights must be positive numbers, got {'aa': -1.0, 'bb': -1.0}"),
+        (
+            {"aa": -1.0, "bb": -1.0},
+            "weights must be positive numbers, got {'aa': -1.0, 'bb': -1.0}",
+        ),
         ({"aa": float("nan"), "bb": 1.0}, "weights must be positive numbers, got {'aa': nan}"),
         ({}, "weights must be positive numbers, got"),
     ],
@@ -265,7 +273,9 @@ def test_identity_changes_with_all_that_decides_the_samples(tiny_text, tmp_path)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 1)])
 def test_eval_batches(tiny_text, mesh_of, shape):
     data = train_data(tiny_text).open()
-    batches = list(EvalData(max_windows_per_language=3, batch_size_samples=5).batches(data, mesh_of(*shape)))
+    batches = list(
+        EvalData(max_windows_per_language=3, batch_size_samples=5).batches(data, mesh_of(*shape))
+    )
     num_rows = 5 if shape == (1, 1, 1) else 8
     languages = [language for names, _ in batches for language in names]
     assert languages == ["aa"] * 3 + ["bb"] * 3 + ["cc"] * 3
@@ -285,10 +295,14 @@ def test_eval_takes_what_there_is_and_names_languages_without_any(tiny_text, mes
     num_tokens = {name: store.num_tokens(name, "validation") for name in ("aa", "bb", "cc")}
     data = train_data(tiny_text).open()
     everything = list(EvalData(max_windows_per_language=10**6).batches(data, mesh_of(1, 1, 1)))
-    assert sum(len(names) for names, _ in everything) == sum((n - 1) // LENGTH for n in num_tokens.values())
+    assert sum(len(names) for names, _ in everything) == sum(
+        (n - 1) // LENGTH for n in num_tokens.values()
+    )
     longest = max(num_tokens.values())
     without = [name for name in num_tokens if num_tokens[name] < longest]
     data = train_data(tiny_text, sequence_length=longest - 1).open()
     with pytest.raises(BadInput) as error:
         list(EvalData().batches(data, mesh_of(1, 1, 1)))
-    assert f"no held-out window of {longest - 1} tokens in: {', '.join(without)} (store" in str(error.value)
+    assert f"no held-out window of {longest - 1} tokens in: {', '.join(without)} (store" in str(
+        error.value
+    )

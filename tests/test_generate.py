@@ -60,7 +60,9 @@ def test_the_seed_decides(command, model_dir):
 
 
 def test_an_older_step(command, model_dir):
-    code, _, err = command(f"--checkpoint={model_dir}", "--prompt=ba ke", "--step=10", "--max_length=12")
+    code, _, err = command(
+        f"--checkpoint={model_dir}", "--prompt=ba ke", "--step=10", "--max_length=12"
+    )
     assert code == 1 and "no checkpoint of step 10 in" in err and "there are: 20, 30, 40" in err
     sample = ("--prompt=ba", "--temperature=1.5", "--max_length=12", "--seed=1")
     newest, older = (command(f"--checkpoint={model_dir}", f"--step={s}", *sample) for s in (40, 20))
@@ -87,14 +89,20 @@ def test_mistakes_are_one_line(command, model_dir, tmp_path):
     here = f"--checkpoint={model_dir}"
     mistakes = [
         ((here, "--prompt=" + "ba " * 30), "leaves no room within --max_length=16"),
-        ((here, "--prompt=ba ke", "--max_length=2"), "tokens, which leaves no room within --max_length=2"),
+        (
+            (here, "--prompt=ba ke", "--max_length=2"),
+            "tokens, which leaves no room within --max_length=2",
+        ),
         ((here, "--prompt="), "a prompt is empty"),
         ((here,), "give --prompt=TEXT or --prompt_file=FILE"),
         ((here, f"--prompt_file={empty}"), "give --prompt=TEXT or --prompt_file=FILE"),
         ((here, f"--prompt_file={tmp_path}/no.txt"), "no.txt cannot be read"),
         ((here, f"--prompt_file={binary}"), "binary.txt cannot be read"),
         (("--prompt=ba",), "give --checkpoint=MODEL_DIR"),
-        ((f"--checkpoint={tmp_path}", "--prompt=ba"), "is no MODEL_DIR of a run: it has no config.gin"),
+        (
+            (f"--checkpoint={tmp_path}", "--prompt=ba"),
+            "is no MODEL_DIR of a run: it has no config.gin",
+        ),
         ((f"--checkpoint={tmp_path}/none", "--prompt=ba"), "is no MODEL_DIR of a run"),
         ((f"--checkpoint={no_steps}", "--prompt=ba"), "no checkpoint in"),
         ((f"--checkpoint={two}", "--prompt=ba"), "vocabulary should hold one file, it holds 2"),
@@ -114,11 +122,10 @@ def test_mistakes_are_one_line(command, model_dir, tmp_path):
 def test_a_damaged_checkpoint(command, model_dir, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(model_dir, damaged)
-    state = damaged / "checkpoints" / "40" / "state"
-    largest = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    raw = np.fromfile(largest, np.uint8)
-    raw[len(raw) // 2] ^= 16
-    raw.tofile(largest)
+    for path in (damaged / "checkpoints" / "40" / "state" / "ocdbt.process_0" / "d").iterdir():
+        raw = np.fromfile(path, np.uint8)
+        raw[::64] ^= 16
+        raw.tofile(path)
     before = tiny_run.tree(damaged)
     code, out, err = command(f"--checkpoint={damaged}", "--prompt=ba", "--max_length=12")
     assert code == 1 and out == "" and "checkpoints/40 is damaged" in err

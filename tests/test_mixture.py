@@ -69,7 +69,9 @@ def test_locate_agrees_with_counts(name):
     for k, s, n in zip(samples.tolist(), source, occurrence, strict=True):
         before, after = interleave.counts(k), interleave.counts(k + 1)
         assert before[s] == n
-        assert [a - b for a, b in zip(after, before, strict=True)] == [i == s for i in range(len(before))]
+        assert [a - b for a, b in zip(after, before, strict=True)] == [
+            i == s for i in range(len(before))
+        ]
 
 
 @pytest.mark.parametrize("name", ["roots", "equal 46", "powers of 2", "lognormal 1 300"])
@@ -141,8 +143,14 @@ def test_order_is_frozen():
     # NEVER change these values. A run that is resumed by a newer version must see the samples it
     # would have seen; if this test fails, the code is wrong, whatever the reason for the change was.
     mixture = Mixture(LANGUAGES, WINDOWS, seed=1234)
-    assert digest(mixture, 0, 10_000) == "2e8a87bf2f0a7773d55381f9ef7bffc60016adc3679dd104dfe4cb685e92df22"
-    assert digest(mixture, 200_000_000, 1_000) == "5ecb0503097f1149afa5be8e77b26be170f5b237c4ea8c52897f3ea62eb0bdae"
+    assert (
+        digest(mixture, 0, 10_000)
+        == "2e8a87bf2f0a7773d55381f9ef7bffc60016adc3679dd104dfe4cb685e92df22"
+    )
+    assert (
+        digest(mixture, 200_000_000, 1_000)
+        == "5ecb0503097f1149afa5be8e77b26be170f5b237c4ea8c52897f3ea62eb0bdae"
+    )
 
 
 def test_seek_takes_no_time():
@@ -184,7 +192,9 @@ def test_temperature():
             temperature_weights(weights, bad)
 
 
-@pytest.mark.parametrize("weights", [[], [0.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf")]])
+@pytest.mark.parametrize(
+    "weights", [[], [0.0, 1.0], [-1.0, 2.0], [float("nan"), 1.0], [float("inf")]]
+)
 def test_weights_must_be_positive_numbers(weights):
     with pytest.raises(BadInput, match="mixture weights must be positive numbers"):
         Interleave(weights)

@@ -162,6 +162,13 @@ def test_microbatches_add_up_to_the_whole_batch(mesh, microbatch_size):
     assert_is_the_expected_step(*step(tokens, weights), filled)
 
 
+def test_splitting_into_microbatches_moves_no_rows():
+    text = compiled_step((2, 2, 2), F32, 1).as_text()
+    moves = re.findall(r"= .*(?:all-gather|all-to-all|collective-permute|all-reduce)\(.*", text)
+    assert len(moves) > 10
+    assert not [line for line in moves if "s32[" in line.split("(")[0] + line.split(")")[0]]
+
+
 def test_microbatches_need_less_memory():
     temp = {
         size: compiled_step((2, 2, 2), F32, size).memory_analysis().temp_size_in_bytes
@@ -207,19 +214,22 @@ def test_the_old_state_is_donated():
     assert compiled_step(mesh).memory_analysis().alias_size_in_bytes >= held
 
 
-def test_dropout_changes_from_step_to_step_and_with_the_key():
+def test_dropout_masks_differ_between_steps_keys_and_microbatches():
     mesh = (1, 1, 1)
     config = dataclasses.replace(F32, hidden_dropout_rate=0.1, attention_dropout_rate=0.1)
-    batch = batch_of(mesh, some_tokens())
-    step = compiled_step(mesh, config)
+    step = compiled_step(mesh, config, 4)
+    tokens = np.repeat(some_tokens()[:4], 4, axis=0)  # the same four rows in every microbatch
 
-    def loss(number, seed):
-        state = dataclasses.replace(initial_state(mesh), step=place(np.int32(number), abstract(mesh).step))  # fmt: skip
+    def loss(*, number=0, seed=0, weights=None):
+        state = dataclasses.replace(initial_state(mesh), step=jax.device_put(np.int32(number)))
+        batch = batch_of(mesh, tokens, weights)
         return float(step(state, batch, LEARNING_RATE, jax.random.key(seed))[1]["loss"])
 
-    first, again, next_step, other_key = loss(0, 0), loss(0, 0), loss(1, 0), loss(0, 1)
-    assert first == again
-    assert len({first, next_step, other_key, expected()[0]}) == 4
+    first_microbatch = (np.arange(ROWS) % 4 == 0).astype(np.float32)
+    assert loss() == loss()
+    others = loss(number=1), loss(seed=1), loss(weights=first_microbatch)
+    without = reference_bloom.token_losses(reference_bloom.to_float64(params()), tokens).mean()
+    assert min(abs(np.diff(sorted([loss(), *others, without])))) > 1e-4
 
 
 # ---- layouts ----

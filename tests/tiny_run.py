@@ -74,7 +74,9 @@ class Text:
 
 
 def _document(rng: random.Random, syllables: list[str]) -> str:
-    words = ["".join(rng.choices(syllables[:4], k=2)) for _ in range(4)]  # so that a model can learn something
+    words = [
+        "".join(rng.choices(syllables[:4], k=2)) for _ in range(4)
+    ]  # so that a model can learn something
     return " ".join(rng.choice(words) + rng.choice(syllables) for _ in range(rng.randint(15, 40)))
 
 
@@ -100,7 +102,9 @@ def arguments(text: Text, model_dir: Path, **changes) -> dict:
         optimizer=adamw(),
         learning_rate=CosineSchedule(3e-3, 3e-4, 40, 400),
         batch_schedule=BatchSchedule(BATCH_SIZE),
-        train_data=TrainData(store_dir=str(text.store_dir), sequence_length=SEQUENCE_LENGTH, seed=3),
+        train_data=TrainData(
+            store_dir=str(text.store_dir), sequence_length=SEQUENCE_LENGTH, seed=3
+        ),
         eval_data=EvalData(max_windows_per_language=2, batch_size_samples=8),
         mesh=FirstDevices(1),
         step=StepOptions(),
