@@ -35,7 +35,14 @@ def command(verb, folder, model_dir):
         "train.compilation_cache_dir": folder / "xla",
     }  # fmt: skip
     flags = [f"--gin.{name}={str(path)!r}" for name, path in paths.items()]
-    return [sys.executable, "-m", f"bloomjax.{verb}", "--gin_file=tiny.gin", "--gin.TRAIN_STEPS=3", *flags]
+    return [
+        sys.executable,
+        "-m",
+        f"bloomjax.{verb}",
+        "--gin_file=tiny.gin",
+        "--gin.TRAIN_STEPS=3",
+        *flags,
+    ]
 
 
 def first_step_seconds(folder, environment):
@@ -43,7 +50,9 @@ def first_step_seconds(folder, environment):
     shutil.rmtree(model_dir, ignore_errors=True)
     started = time.perf_counter()
     with open(folder / "log", "w") as log:
-        run = subprocess.Popen(command("train", folder, model_dir), stdout=log, stderr=log, env=environment)
+        run = subprocess.Popen(
+            command("train", folder, model_dir), stdout=log, stderr=log, env=environment
+        )
         found = None
         while found is None and run.poll() is None:
             time.sleep(0.02)
@@ -66,13 +75,18 @@ def main():
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        subprocess.run(command("prepare", folder, folder / "run"), env=environment, check=True, stdout=subprocess.DEVNULL)
+        prepare = command("prepare", folder, folder / "run")
+        subprocess.run(prepare, env=environment, check=True, stdout=subprocess.DEVNULL)
         cold = first_step_seconds(folder, environment)
         warm = [first_step_seconds(folder, environment) for _ in range(args.runs)]
     imports, loaded = [], False
     for _ in range(args.runs):
         out = subprocess.run(
-            [sys.executable, "-c", IMPORT], env=environment, check=True, capture_output=True, text=True
+            [sys.executable, "-c", IMPORT],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
         seconds, tensorflow = json.loads(out)
         imports.append(seconds)

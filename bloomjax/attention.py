@@ -74,7 +74,7 @@ def _xla_forward(keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
 
 
 def _xla_backward(keep_scale, residuals, g_BLHK):
-    """Every matmul takes operands of the compute dtype and accumulates in float32; autodiff would make them f32 x f32."""
+    """Every matmul takes operands of the compute dtype and accumulates in float32; autodiff's would be f32 x f32."""
     q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK = residuals
     dtype = q_BLHK.dtype
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -138,9 +138,9 @@ def cached_attention(
     position_L = start + jnp.arange(q_BLHK.shape[1])
     scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS)
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
-    return jnp.einsum(
-        "BHLS,BSHK->BLHK", p_BHLS, v_BSHK, preferred_element_type=jnp.float32
-    ).astype(q_BLHK.dtype)
+    return jnp.einsum("BHLS,BSHK->BLHK", p_BHLS, v_BSHK, preferred_element_type=jnp.float32).astype(
+        q_BLHK.dtype
+    )
 
 
 KERNELS: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}

@@ -1,8 +1,8 @@
 """Checkpoints of weights, optimizer and data position: saved asynchronously, verified leaf by leaf when restored.
 
-A checkpoint is `checkpoints/<step>/` with two Orbax items: `state` (TrainState) and `position` (JSON: what `train` needs to
-go on, and a fingerprint of every leaf). Orbax itself restores a flipped bit without a word, so each leaf is compared with its
-fingerprint, which does not depend on how the leaf is sharded.
+A checkpoint is `checkpoints/<step>/` with two Orbax items: `state` (TrainState) and `position` (JSON: what `train`
+needs to go on, and a fingerprint of every leaf). Orbax itself restores a flipped bit without a word, so each leaf is
+compared with its fingerprint, which does not depend on how the leaf is sharded.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; the writing goes on behind. A step that is there is not rewritten."""
+        """Copies the state to the host and returns; the writing goes on behind. An existing step is not rewritten."""
         if step in self.manager.all_steps():
             return
         position = {
@@ -165,7 +165,8 @@ class Checkpoints:
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise BadInput(f"{wanted} in {self.directory}; there are: {', '.join(map(str, steps)) or 'none'}")  # fmt: skip
+            there = ", ".join(map(str, steps)) or "none"
+            raise BadInput(f"{wanted} in {self.directory}; there are: {there}")
         step = steps[-1] if step is None else step
         try:
             return self._restore_position(step)
@@ -191,7 +192,8 @@ class Checkpoints:
                 )
                 _verify(restored["params"], position, prefix=".params")
             except Exception as error:
-                raise BadInput(f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}") from error  # fmt: skip
+                where = f"checkpoint {self.directory}/{step}"
+                raise BadInput(f"{where} is damaged: {_first_line(error)}") from error
         return restored["params"]
 
     def wait(self) -> None:
@@ -267,7 +269,8 @@ def _verify(state: Any, position: dict[str, Any], prefix: str = "") -> None:
         name for name, value in fingerprints(state).items() if saved.get(prefix + name) != value
     ]
     if wrong:
-        raise ValueError(f"content differs from its fingerprint in {len(wrong)} arrays: {', '.join(wrong[:3])}")  # fmt: skip
+        names = ", ".join(wrong[:3])
+        raise ValueError(f"content differs from its fingerprint in {len(wrong)} arrays: {names}")
 
 
 def _first_line(error: Exception) -> str:

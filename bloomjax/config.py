@@ -94,7 +94,8 @@ def build(
 ) -> Any:
     """Builds what `gin_file`, then `bindings` ("NAME = VALUE"), bind to e.g. "train.model".
 
-    Without `gin_file` it takes the files and bindings of this process's flags. Nothing else is built, and gin's configuration is afterwards what it was. Raises BadInput.
+    Without `gin_file` it takes the files and bindings of this process's flags. Nothing else is
+    built, and gin's configuration is afterwards what it was. Raises BadInput.
     """
     stores: list[Any] = [gin_config._CONFIG, gin_config._OPERATIVE_CONFIG, gin_config._IMPORTS]
     stores += [_SOURCES, _MENTIONED]

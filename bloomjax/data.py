@@ -14,12 +14,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax.errors import BadInput
-from bloomjax.mixture import Mixture, temperature_weights
+from bloomjax.mixture import MAX_SAMPLES, Mixture, temperature_weights
 from bloomjax.partitioning import BATCH_AXES, num_batch_shards
 from bloomjax.schedules import BatchSchedule
 from bloomjax.token_store import TokenStore
 
-Batch = dict[str, jax.Array]  # tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh
+Batch = dict[
+    str, jax.Array
+]  # tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh
 
 
 def filled_rows(num_rows: int, multiple: int) -> int:
@@ -30,7 +32,14 @@ def filled_rows(num_rows: int, multiple: int) -> int:
 def check_filled_shares(
     schedule: BatchSchedule, num_steps: int, multiple: int, max_filled_share: float
 ) -> list[str]:
-    """One line a stage that has to be filled; BadInput where more than `max_filled_share` of the rows would be empty."""
+    """One line a stage that has to be filled.
+
+    BadInput where more than `max_filled_share` of the rows would be empty, or the run outgrows the sample numbers.
+    """
+    if schedule.samples_after(num_steps) > MAX_SAMPLES:
+        raise BadInput(
+            f"{num_steps} steps take {schedule.samples_after(num_steps)} samples; sample numbers end at {MAX_SAMPLES}"
+        )
     lines = []
     for stage in schedule.stages():
         if stage.first_step > num_steps:
@@ -40,9 +49,10 @@ def check_filled_shares(
         share = 1 - size / rows
         if share > max_filled_share:
             raise BadInput(
-                f"a batch of {size} samples (from step {stage.first_step} on) fills only {1 - share:.0%} of the {rows} rows "
-                f"that this mesh and microbatch need (multiples of {multiple}); use fewer data x fsdp shards or a smaller "
-                f"microbatch, or allow it with --gin.TrainData.max_filled_share={math.ceil(share * 100) / 100}"
+                f"a batch of {size} samples (from step {stage.first_step} on) fills only {1 - share:.0%} of the {rows} "
+                f"rows that this mesh and microbatch need (multiples of {multiple}); use fewer data x fsdp shards or a "
+                f"smaller microbatch, or allow it with "
+                f"--gin.TrainData.max_filled_share={math.ceil(share * 100) / 100}"
             )
         if rows != size:
             lines.append(
@@ -80,7 +90,7 @@ def host_rows(num_rows: int, mesh: Mesh) -> np.ndarray:
 
 
 class TrainData:
-    """What is trained on, in which shares and order. Opened by `open`, so that a missing store can be prepared first."""
+    """What is trained on, in which shares and order. `open` comes later: a missing store can be prepared first."""
 
     def __init__(
         self,
@@ -123,7 +133,9 @@ class TrainData:
                 if not isinstance(weights, dict):
                     raise ValueError(f"{name} is a {type(weights).__name__}")
             except (ImportError, AttributeError, ValueError) as error:
-                raise BadInput(f"weights={self._weights!r} is not 'module:NAME' of a dict: {error}") from error
+                raise BadInput(
+                    f"weights={self._weights!r} is not 'module:NAME' of a dict: {error}"
+                ) from error
         if weights is None:
             weights = {name: store.num_tokens(name, "train") for name in store.languages}
         missing = sorted(set(weights) - set(store.languages))
@@ -142,7 +154,9 @@ class TrainData:
 class OpenTrainData:
     """Rows by sample number, and batches by step."""
 
-    def __init__(self, store: TokenStore, mixture: Mixture, sequence_length: int, num_prefetched: int):
+    def __init__(
+        self, store: TokenStore, mixture: Mixture, sequence_length: int, num_prefetched: int
+    ):
         self.store = store
         self.mixture = mixture
         self.sequence_length = sequence_length
@@ -185,7 +199,9 @@ class OpenTrainData:
             ahead: list[concurrent.futures.Future] = []
             for step in range(first_step, last_step + 1):
                 while len(ahead) < self._num_prefetched and step + len(ahead) <= last_step:
-                    ahead.append(pool.submit(self.batch, step + len(ahead), schedule, mesh, multiple))
+                    ahead.append(
+                        pool.submit(self.batch, step + len(ahead), schedule, mesh, multiple)
+                    )
                 yield step, ahead.pop(0).result()
 
 

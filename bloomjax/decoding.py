@@ -19,8 +19,9 @@ def sample_token(
 ) -> jax.Array:
     """The next token of each row, int32 [B].
 
-    temperature 0 takes the likeliest. top_k > 0 keeps the k likeliest; top_p < 1 keeps the smallest set of likeliest tokens
-    whose probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751), always at least one; top_k goes first.
+    temperature 0 takes the likeliest. top_k > 0 keeps the k likeliest; top_p < 1 keeps the smallest set of likeliest
+    tokens whose probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751), always at least one; top_k goes
+    first. Tokens as likely as the last one kept are kept, too.
     """
     if temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -37,8 +38,13 @@ def sample_token(
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_id", "temperature", "top_k", "top_p"))  # fmt: skip
-def _generate(model, params, tokens_BP, valid_BP, key, *, max_new_tokens, eos_id, temperature, top_k, top_p):  # fmt: skip
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "max_new_tokens", "eos_id", "temperature", "top_k", "top_p"),
+)
+def _generate(
+    model, params, tokens_BP, valid_BP, key, *, max_new_tokens, eos_id, temperature, top_k, top_p
+):
     """Tokens [B, max_new_tokens]; after </s> a row repeats it."""
     B, P = tokens_BP.shape
     k_valid_BS = jnp.pad(valid_BP, ((0, 0), (0, max_new_tokens)), constant_values=True)
@@ -82,9 +88,9 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continues each prompt (token ids, at least one) by up to `max_new_tokens`; stops a row at </s>, which is not returned.
+    """Continues each prompt (token ids, at least one) by up to `max_new_tokens`; a row ends before its </s>.
 
-    Raises BadInput for an empty prompt or sampling options outside their range.
+    Raises BadInput for an empty prompt, an id that is no row of the embedding, or sampling options outside their range.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise BadInput("a prompt is empty: give at least one token")
@@ -93,6 +99,9 @@ def generate(
             f"need max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got "
             f"{max_new_tokens}, {temperature}, {top_k}, {top_p}"
         )
+    vocab_size = model.config.vocab_size
+    if not all(0 <= token < vocab_size for prompt in prompts for token in prompt):
+        raise BadInput(f"a prompt has token ids outside [0, {vocab_size})")
     longest = max(map(len, prompts))
     tokens_BP = np.zeros((len(prompts), longest), np.int32)
     valid_BP = np.zeros((len(prompts), longest), bool)

@@ -11,6 +11,7 @@ from bloomjax import config, decoding, partitioning
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
+from bloomjax.startup import use_compilation_cache
 from bloomjax.train_step import abstract_state
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
@@ -18,7 +19,11 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "MODEL_DIR of a run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of this step; the newest by default.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with a prompt on each line.")
-_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Tokens of prompt and text; the training sequence by default.")  # fmt: skip
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length",
+    None,
+    "Tokens of prompt and text together; those of a training sequence by default.",
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens up to this probability.")
@@ -70,6 +75,7 @@ def generate() -> int:
     if not _CHECKPOINT.value:
         raise BadInput("give --checkpoint=MODEL_DIR")
     prompts = read_prompts()
+    use_compilation_cache()
     model, params, vocabulary, sequence_length = load_model(Path(_CHECKPOINT.value), _STEP.value)
     max_length = sequence_length if _MAX_LENGTH.value is None else _MAX_LENGTH.value
     encoded = [vocabulary.encode(prompt) for prompt in prompts]

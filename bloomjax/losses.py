@@ -1,14 +1,15 @@
 """Cross-entropy of a linear head over a large vocabulary, in chunks, with the gradients made on the way forward.
 
 BLOOM's head has 250,880 rows: float32 logits of 16k tokens are 16 GB, and autodiff keeps them, turns both backward
-matmuls into float32 ones and scatters into [T, V]. Here each chunk of tokens computes its logits once, and from them the
-loss, dx and dW: three matmuls in the compute dtype, float32 accumulation, nothing of size [T, V].
+matmuls into float32 ones and scatters into [T, V]. Here each chunk of tokens computes its logits once, and from them
+the loss, dx and dW: three matmuls in the compute dtype, float32 accumulation, nothing of size [T, V].
 
 Dimension key: B batch, L length, T tokens of one chunk, V vocabulary, D emb_dim. Inside shard_map all are one device's.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ def linear_cross_entropy(
       [B, L], without z-loss and not differentiable. If the sum is not differentiated, dx and dW are not computed.
     """
     options = (z_loss, chunk_tokens, num_tokens_in_vocab)
-    total, nll_BL = _cross_entropy(options, x_BLD, embedding_VD, targets_BL, weights_BL)
+    result: Any = _cross_entropy(options, x_BLD, embedding_VD, targets_BL, weights_BL)
+    total, nll_BL = result
     return total, jax.lax.stop_gradient(nll_BL)
 
 
@@ -54,9 +56,7 @@ def _cross_entropy(options, x_BLD, embedding_VD, targets_BL, weights_BL):
 
 
 def _forward(options, x_BLD, embedding_VD, targets_BL, weights_BL):
-    total, nll_BL, dx_BLD, dw_VD = _run(
-        options, True, x_BLD, embedding_VD, targets_BL, weights_BL
-    )
+    total, nll_BL, dx_BLD, dw_VD = _run(options, True, x_BLD, embedding_VD, targets_BL, weights_BL)
     return (total, nll_BL), (dx_BLD, dw_VD)
 
 
@@ -70,13 +70,17 @@ def _backward(options, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _run(options, with_grads, x_BLD, embedding_VD, targets_BL, weights_BL):
+def _run(options, with_grads, x_BLD, embedding_VD, targets_BL, weights_BL) -> tuple[Any, ...]:
     """Runs the chunks on each device's part of the batch and of the vocabulary; reduces once at the end."""
-    w_VD = embedding_VD.astype(x_BLD.dtype)  # cast before it is gathered: half the bytes on the wire
+    w_VD = embedding_VD.astype(
+        x_BLD.dtype
+    )  # cast before it is gathered: half the bytes on the wire
     if not partitioning.on_mesh():
         return _local(options, with_grads, False, x_BLD, w_VD, targets_BL, weights_BL)
     rows = P(partitioning.BATCH_AXES)
-    out_specs = (P(), rows) + ((P(partitioning.BATCH_AXES, "tensor"), P("tensor", "fsdp")) * with_grads)
+    out_specs = (P(), rows) + (
+        (P(partitioning.BATCH_AXES, "tensor"), P("tensor", "fsdp")) * with_grads
+    )
     local = functools.partial(_local, options, with_grads, True)
     return jax.shard_map(
         local, in_specs=(rows, P("tensor"), rows, rows), out_specs=out_specs, check_vma=False
@@ -136,7 +140,9 @@ def _chunk(w_VD, z_loss, num_tokens_in_vocab, with_grads, vocab_axes, x_TD, targ
     column_1V = first + jnp.arange(w_VD.shape[0])[None, :]
     if num_tokens_in_vocab is not None:
         logits_TV = jnp.where(column_1V < num_tokens_in_vocab, logits_TV, -jnp.inf)
-    hit_TV = column_1V == targets_T[:, None]  # compared, not scattered: fuses with what surrounds it
+    hit_TV = (
+        column_1V == targets_T[:, None]
+    )  # compared, not scattered: fuses with what surrounds it
     max_T = pmax(jnp.max(logits_TV, axis=1))
     exp_TV = jnp.exp(logits_TV - max_T[:, None])
     sum_T = psum(jnp.sum(exp_TV, axis=1))
@@ -152,7 +158,9 @@ def _chunk(w_VD, z_loss, num_tokens_in_vocab, with_grads, vocab_axes, x_TD, targ
     dlogits_TV = scale_T[:, None] * exp_TV - jnp.where(hit_TV, weights_T[:, None], 0.0)
     dlogits_TV = dlogits_TV.astype(x_TD.dtype)
     dx_TD = jnp.einsum("TV,VD->TD", dlogits_TV, w_VD, preferred_element_type=jnp.float32)
-    dlogits_VT = jax.lax.platform_dependent(dlogits_TV, cpu=_transpose_in_memory, default=jnp.transpose)
+    dlogits_VT = jax.lax.platform_dependent(
+        dlogits_TV, cpu=_transpose_in_memory, default=jnp.transpose
+    )
     dw_VD = jnp.einsum("VT,TD->VD", dlogits_VT, x_TD, preferred_element_type=jnp.float32)
     return loss, nll_T, dx_TD.astype(x_TD.dtype), dw_VD
 

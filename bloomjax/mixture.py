@@ -58,8 +58,8 @@ class Interleave:
     """Deals sample numbers to sources so that after any k samples each source has its share of k.
 
     A tree of two-way splits, each rounding to the nearest integer: counts are off by at most 1/2 a level, halved or
-    better at every second level of a Huffman tree, so |count - k * share| < 2 for every source and every k. A lookup costs
-    the entropy of the mixture in levels (3.2 for ROOTS) instead of one step a source.
+    better at every second level of a Huffman tree, so |count - k * share| < 2 for every source and every k. A lookup
+    costs the entropy of the mixture in levels (3.2 for ROOTS) instead of one step a source.
     """
 
     def __init__(self, weights: list[float]):
@@ -72,7 +72,9 @@ class Interleave:
         """Source number and occurrence number (how many earlier samples that source had) of each sample, int64."""
         samples = np.asarray(samples, np.int64)
         if samples.size and (samples.min() < 0 or samples.max() >= MAX_SAMPLES):
-            raise BadInput(f"sample numbers must lie in [0, {MAX_SAMPLES}), got {samples.min()}..{samples.max()}")  # fmt: skip
+            raise BadInput(
+                f"sample numbers must lie in [0, {MAX_SAMPLES}), got {samples.min()}..{samples.max()}"
+            )
         source = np.zeros(samples.shape, np.int64)
         occurrence = np.zeros(samples.shape, np.int64)
         stack = [(self._tree, np.arange(samples.size), samples.astype(np.uint64))]
@@ -111,7 +113,9 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     """
     x = np.asarray(index).astype(np.uint64)
     size = np.asarray(size).astype(np.uint64)
-    half = np.maximum(np.ceil(np.log2(np.maximum(size, 2).astype(np.float64)) / 2), 1).astype(np.uint64)
+    half = np.maximum(np.ceil(np.log2(np.maximum(size, 2).astype(np.float64)) / 2), 1).astype(
+        np.uint64
+    )
     mask = (np.uint64(1) << half) - np.uint64(1)
     key = np.asarray(key).astype(np.uint64)
     todo = np.arange(x.size)
@@ -151,7 +155,9 @@ class Mixture:
         _check_weights(weights)
         empty = [name for name in weights if num_windows.get(name, 0) < 1]
         if empty:
-            raise BadInput(f"no training window in: {', '.join(empty)} (fewer tokens than one sequence)")
+            raise BadInput(
+                f"no training window in: {', '.join(empty)} (fewer tokens than one sequence)"
+            )
         self.names = tuple(sorted(weights))  # the order of a dict must not matter
         self.seed = seed
         total = sum(weights.values())

@@ -8,6 +8,7 @@ c the three of q, k, v. Arrays end in their letters.
 import dataclasses
 import functools
 import math
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -21,7 +22,7 @@ from bloomjax.errors import BadInput
 from bloomjax.partitioning import constrain_activation
 
 # What a layer keeps for its backward pass. `minimal` keeps the results of matmuls and the residual streams (20 D bytes
-# a token and layer in bf16) and recomputes norms and GELU; `full` keeps the layer's input only; `none` recomputes nothing.
+# a token and layer in bf16) and recomputes norms and GELU; `full` keeps the layer's input only; `none` keeps all.
 REMAT_POLICIES = {
     "none": None,
     "minimal": jax.checkpoint_policies.save_only_these_names(
@@ -67,6 +68,24 @@ class BloomConfig:
     expected_params: int | None = None
 
     def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "emb_dim",
+            "num_heads",
+            "mlp_dim",
+            "num_tokens_in_vocab",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1, got {value}")
+        for name in ("hidden_dropout_rate", "attention_dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if (self.num_tokens_in_vocab or 0) > self.vocab_size:
+            raise BadInput(
+                f"num_tokens_in_vocab={self.num_tokens_in_vocab} is more than vocab_size={self.vocab_size}"
+            )
         if self.emb_dim % self.num_heads:
             near = [n for n in range(1, self.emb_dim + 1) if self.emb_dim % n == 0]
             near = sorted(near, key=lambda n: abs(n - self.num_heads))[:2]
@@ -75,11 +94,14 @@ class BloomConfig:
                 f"{' and '.join(map(str, sorted(near)))} do"
             )
         if self.remat_policy not in REMAT_POLICIES:
-            raise BadInput(f"no remat_policy {self.remat_policy!r}; there are: {', '.join(REMAT_POLICIES)}")  # fmt: skip
+            there = ", ".join(REMAT_POLICIES)
+            raise BadInput(f"no remat_policy {self.remat_policy!r}; there are: {there}")
         if self.dtype not in ("bfloat16", "float32"):
             raise BadInput(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
         if self.mask_padding_vocab and self.num_tokens_in_vocab is None:
-            raise BadInput("mask_padding_vocab needs num_tokens_in_vocab, the number of real tokens")
+            raise BadInput(
+                "mask_padding_vocab needs num_tokens_in_vocab, the number of real tokens"
+            )
         get_kernel(self.attention_kernel)
 
     @property
@@ -96,9 +118,9 @@ class BloomConfig:
 def dense(spec: str, names: tuple[str | None, ...], x, w, b):
     """einsum(spec, x, w) + b in x's dtype, accumulated in float32; the bias is added before rounding.
 
-    `x` begins with B, L; `w` is the float32 master weight with logical axes `names`, cast and then gathered over `fsdp`;
-    `b` has w's output dimensions. Backward, too, every matmul has operands of x's dtype: autodiff of a float32
-    accumulation would make them float32 x float32. The weight gradient leaves in float32, laid out as the parameter is.
+    `x` begins with B, L; `w` is the float32 master weight with logical axes `names`, cast and then gathered over
+    `fsdp`; `b` has w's output dimensions. Backward, too, every matmul has operands of x's dtype: autodiff of a float32
+    accumulation would make them float32 x float32. The weight gradient leaves in float32, laid out as the parameter.
     """
     return _dense_forward(spec, names, x, w, b)[0]
 
@@ -203,19 +225,37 @@ def gelu(x):
     return y.astype(x.dtype)
 
 
+class Dropout(nn.Module):
+    """Inverted dropout, scaled in float32: 1 / 0.9 rounded to bf16 would be 0.16 % off in every element."""
+
+    rate: float
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.rate == 0.0 or self.deterministic:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
+        return jnp.where(keep, x.astype(jnp.float32) / (1.0 - self.rate), 0.0).astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
     epsilon: float
 
     @nn.compact
     def __call__(self, x_BLD):
         names, shape = ("norm",), (x_BLD.shape[-1],)
-        scale_D = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, names), shape)
-        bias_D = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, names), shape)
+        scale_D = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, names), shape
+        )
+        bias_D = self.param(
+            "bias", nn.with_logical_partitioning(nn.initializers.zeros, names), shape
+        )
         return layer_norm(x_BLD, scale_D, bias_D, self.epsilon)
 
 
 class Dense(nn.Module):
-    """Declares kernel and bias of one `dense`. `names` and `shape` are the kernel's; the bias has its last dimensions."""
+    """Kernel and bias of one `dense`. `names` and `shape` are the kernel's; the bias has its last dimensions."""
 
     spec: str
     names: tuple[str | None, ...]
@@ -224,7 +264,7 @@ class Dense(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x) -> Any:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.names)
         w = self.param("kernel", init, self.shape, jnp.float32)
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names)
@@ -245,7 +285,7 @@ class Block(nn.Module):
         c = self.config
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_dim or 4 * c.emb_dim
         out_std = c.init_std / math.sqrt(2 * c.num_layers)
-        dropout = nn.Dropout(c.hidden_dropout_rate, deterministic=self.deterministic)
+        dropout = Dropout(c.hidden_dropout_rate, self.deterministic)
 
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x_BLD)
         h_BLD = constrain_activation(h_BLD, "batch", "length", "embed")
@@ -306,10 +346,11 @@ class Bloom(nn.Module):
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
-        self.embedding_VD = self.param("embedding", init, (c.vocab_size, c.emb_dim), jnp.float32)
+        self.embedding_VD: Any = self.param(
+            "embedding", init, (c.vocab_size, c.emb_dim), jnp.float32
+        )
         self.embedding_norm = LayerNorm(c.layer_norm_epsilon)
         self.final_norm = LayerNorm(c.layer_norm_epsilon)
-        self.embedding_dropout = nn.Dropout(c.hidden_dropout_rate)
 
     @nn.compact
     def __call__(self, tokens_BL, *, deterministic: bool = True, start=None, k_valid_BS=None):
@@ -317,9 +358,9 @@ class Bloom(nn.Module):
         c = self.config
         x_BLD = embed(c.dtype, self.embedding_VD, tokens_BL)
         x_BLD = self.embedding_norm(x_BLD)
-        x_BLD = self.embedding_dropout(x_BLD, deterministic=deterministic)
+        x_BLD = Dropout(c.hidden_dropout_rate, deterministic)(x_BLD)
         x_BLD = constrain_activation(x_BLD, "batch", "residual_length", "embed")
-        block = Block
+        block, broadcast = Block, cast(Any, nn.broadcast)
         if c.remat_policy != "none":
             policy = REMAT_POLICIES[c.remat_policy]
             block = nn.remat(Block, policy=policy, prevent_cse=not c.scan_layers)
@@ -327,7 +368,7 @@ class Bloom(nn.Module):
             block,
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=broadcast,
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -93,7 +93,7 @@ def activation_spec(names: Sequence[str | None]) -> PartitionSpec:
 
 
 def on_mesh() -> bool:
-    """Whether the mesh of `jax.set_mesh` has several devices; shard_map over one only adds copies (CPU: 10% of a step)."""
+    """Whether the mesh of `jax.set_mesh` has several devices; shard_map over one costs copies (10 % of a CPU step)."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 

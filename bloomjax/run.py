@@ -237,9 +237,7 @@ class Run:
         losses: dict[str, list[float]] = {}
         for languages, batch in batches:
             row_losses = np.asarray(eval_step(params, batch))
-            for language, loss in zip(
-                languages, row_losses, strict=False
-            ):  # then come filling rows
+            for language, loss in zip(languages, row_losses[: len(languages)], strict=True):
                 losses.setdefault(language, []).append(float(loss))
         record["loss_by_language"] = {name: float(np.mean(x)) for name, x in sorted(losses.items())}
         record["validation_loss"] = float(np.mean([x for part in losses.values() for x in part]))
@@ -252,10 +250,11 @@ class Run:
         self._checkpoints.close()
         self._journal.write("stop", step=self.step, samples=self.samples, signal=signal_name)
         self._close()
-        print(
-            f"stopped by {signal_name} after step {self.step}, saved; the same command goes on",
-            flush=True,
-        )
+        if self._is_main:
+            saved = "saved" if self.step else "nothing to save yet"
+            print(
+                f"stopped by {signal_name} after step {self.step}, {saved}; the same command goes on"
+            )
         return EXIT_RESTART
 
     def finish(self, state: TrainState, vocabulary: Vocabulary, prompts: Sequence[str]) -> None:
@@ -264,13 +263,15 @@ class Run:
         self._checkpoints.close()
         self._journal.write("done", step=self.step, samples=self.samples)
         self._close()
+        length = self._data.sequence_length
+        samples = sample_texts(self._model, state.params, vocabulary, prompts, length)
         if not self._is_main:
             return
         print_losses(self._metrics)
-        if prompts:
-            print_samples(
-                self._model, state.params, vocabulary, prompts, self._data.sequence_length
-            )
+        if samples:
+            print("samples (temperature 0.8, top-p 0.9):")
+        for prompt, text in zip(prompts, samples, strict=True):
+            print(f"  {prompt}|{' '.join(text.split())}")
         print(f"checkpoint: {self.model_dir / 'checkpoints' / str(self.step)}")
         if self._was_done:
             print(
@@ -299,22 +300,28 @@ def print_losses(metrics: MetricsFile) -> None:
     rows = -(-len(cells) // 3)
     for row in range(rows):
         print("   ".join(cells[row::rows]))
-    fall = 1 - last["validation_loss"] / first["validation_loss"]
-    print(
-        f"all languages: {first['validation_loss']:.3f} -> {last['validation_loss']:.3f} ({fall:.0%} lower)"
-    )
+    then, now = first["validation_loss"], last["validation_loss"]
+    print(f"all languages: {then:.3f} -> {now:.3f} ({1 - now / then:.0%} lower)")
 
 
-def print_samples(model, params, vocabulary, prompts: Sequence[str], max_length: int) -> None:
+def sample_texts(
+    model: Bloom, params: Any, vocabulary: Vocabulary, prompts: Sequence[str], max_length: int
+) -> list[str]:
+    """A continuation of each prompt; every host takes part, the parameters may be spread over all."""
+    if not prompts:
+        return []
     encoded = [vocabulary.encode(prompt) for prompt in prompts]
     num_new = max(1, max_length - max(map(len, encoded)))
     texts = decoding.generate(
-        model, params, encoded, max_new_tokens=num_new, eos_id=vocabulary.eos_id, temperature=0.8,
+        model,
+        params,
+        encoded,
+        max_new_tokens=num_new,
+        eos_id=vocabulary.eos_id,
+        temperature=0.8,
         top_p=0.9,
-    )  # fmt: skip
-    print("samples (temperature 0.8, top-p 0.9):")
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"  {prompt}|{' '.join(vocabulary.decode(text).split())}")
+    )
+    return [vocabulary.decode(text) for text in texts]
 
 
 def _brief(value: Any) -> str:

@@ -1,7 +1,6 @@
 """The run from first line to last: `python -m bloomjax.train --gin_file=tiny.gin`."""
 
 import contextlib
-import ctypes
 import functools
 import os
 import shutil
@@ -25,6 +24,7 @@ from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
+from bloomjax.startup import keep_freed_memory, use_compilation_cache
 from bloomjax.token_store import store_exists
 from bloomjax.train_step import (
     StepOptions,
@@ -157,23 +157,6 @@ def jit_programs(
     )
     eval_step = jax.jit(make_eval_step(model, step), out_shardings=replicated)
     return init, train_step, eval_step
-
-
-def use_compilation_cache(directory: str | None) -> None:
-    """Compiled programs survive the process: the second start of a run compiles nothing."""
-    directory = directory or os.path.expanduser("~/.cache/bloomjax/xla")
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc reuse the buffers of a step on the CPU, which it would unmap and fault in again at every step (a
-    quarter of a tiny step). Works only before JAX has started its threads; without glibc it does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((-4, 0), (-1, -1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
-            mallopt(parameter, value)
 
 
 def check_model(model: Bloom, mesh: Mesh, sequence_length: int) -> None:

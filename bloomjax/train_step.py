@@ -47,7 +47,7 @@ class StepOptions:
     loss_chunk_tokens: int = 1024
 
     def row_multiple(self, mesh: Mesh) -> int:
-        """A batch has a multiple of this many rows."""
+        """A batch has a multiple of this many rows (`train` fills it up)."""
         return partitioning.num_batch_shards(mesh) * (self.microbatch_size or 1)
 
 
@@ -144,10 +144,10 @@ def make_train_step(
         num_rows, length = batch["tokens"].shape
         token_weight = 1.0 / (jnp.sum(batch["weights"]) * (length - 1))
         key = jax.random.fold_in(dropout_key, state.step) if has_dropout else None
-        shards = partitioning.num_batch_shards(mesh)
-        num_microbatches = (
-            num_rows // (shards * options.microbatch_size) if options.microbatch_size else 1
-        )
+        multiple = options.row_multiple(mesh)
+        if num_rows % multiple:
+            raise ValueError(f"a batch of {num_rows} rows is no multiple of {multiple}")
+        num_microbatches = num_rows // multiple if options.microbatch_size else 1
         if num_microbatches == 1:
             loss, grads = loss_and_grads(state.params, batch, token_weight, key)
         else:

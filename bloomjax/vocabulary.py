@@ -41,6 +41,11 @@ class Vocabulary(Protocol):
     pad_id: int
 
     @property
+    def path(self) -> Path:
+        """The vocabulary file."""
+        ...
+
+    @property
     def size(self) -> int:
         """Number of token ids; ids are 0 ... size - 1."""
         ...

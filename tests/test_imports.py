@@ -12,10 +12,10 @@ from tiny_run import REPOSITORY
 
 from bloomjax import config
 
-# A module imports only from its own layer and those below; see "Who may import whom" in the design.
+# A module imports only from its own layer and those below; verbs stand above all others.
 LAYERS = (
     {"errors"},
-    {"config", "attention", "losses", "schedules", "partitioning", "flops"},
+    {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup"},
     {"model", "optimizer", "mixture", "token_store", "vocabulary"},
     {"decoding"},
     {"train_step", "data", "checkpoints", "health", "metrics"},

@@ -1,0 +1,28 @@
+"""What a process settles before it computes: where compiled programs are kept, how freed memory is reused."""
+
+import ctypes
+import os
+
+import jax
+
+
+def use_compilation_cache(directory: str | None = None) -> None:
+    """Keeps compiled programs in `directory` (~/.cache/bloomjax/xla by default): a second start compiles nothing."""
+    directory = directory or os.path.expanduser("~/.cache/bloomjax/xla")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc reuse the buffers of a step on the CPU, which it would unmap and fault in again at every step.
+
+    That is a quarter of a tiny step. Works only before JAX has started its threads; without glibc it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in (
+            (-4, 0),
+            (-1, -1),
+            (-8, 1),
+        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            mallopt(parameter, value)
