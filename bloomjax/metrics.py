@@ -131,7 +131,7 @@ class Progress:
             disable=not self._tty, smoothing=0.05,
         )  # fmt: skip
         self._num_steps = num_steps
-        self._started, self._first_step = time.monotonic(), first_step
+        self._first: tuple[int, float] | None = None  # step and time of the first update
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         if self._tty:
@@ -141,15 +141,18 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
+        if self._first is None:
+            self._first = step, now  # what came before was compilation
         if now - self._last_log >= self._log_seconds or step == self._num_steps:
             self._last_log = now
-            rate = (now - self._started) / max(1, step - self._first_step)
-            eta = int(rate * (self._num_steps - step))
-            print(
-                f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
-                f"ETA {eta // 3600}:{eta % 3600 // 60:02d}:{eta % 60:02d}",
-                flush=True,
-            )
+            line = f"step {step}/{self._num_steps}  loss {loss:.4f}"
+            first_step, first_time = self._first
+            if step > first_step:
+                rate = (now - first_time) / (step - first_step)
+                eta = int(rate * (self._num_steps - step))
+                line += f"  {tokens_per_second:,.0f} tokens/s"
+                line += f"  ETA {eta // 3600}:{eta % 3600 // 60:02d}:{eta % 60:02d}"
+            print(line, flush=True)
 
     def close(self) -> None:
         self._bar.close()
