@@ -65,10 +65,13 @@ class Checkpoints:
             )
         self.save_every_steps = save_every_steps
         self._keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
+        if keep_every_steps is not None and keep_every_steps < 1:
+            raise BadInput(f"keep_every_steps must be at least 1 or None, got {keep_every_steps}")
         if keep_every_steps:
             self._keep.append(policies.EveryNSteps(keep_every_steps))
         self._manager: ocp.CheckpointManager | None = None
         self.directory: Path | None = None
+        self.problems: list[str] = []
 
     def open(self, directory: Path | str, *, read_only: bool = False) -> None:
         """Looks at what is there; creates `directory` unless `read_only`."""
@@ -131,10 +134,11 @@ class Checkpoints:
 
         `check_position` may refuse a checkpoint of another run by raising BadInput; one with other arrays than
         `abstract_state` is refused too. A damaged checkpoint is put aside as `damaged-<step>` and the one before
-        is taken; BadInput if all are damaged.
+        is taken; BadInput if all are damaged. `problems` holds a line about each. What is no damage (no memory, no
+        permission, a file system that does not answer) is raised as it is.
         """
         steps = self.steps()[::-1]
-        problems = []
+        damaged = []
         for step in steps:
             try:
                 position = self._restore_position(step)
@@ -144,16 +148,21 @@ class Checkpoints:
             except BadInput:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                if _is_no_damage(error):
+                    raise
                 problem = f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}"
                 logging.error("%s", problem)
-                problems.append((step, problem))
+                self.problems.append(problem)
+                damaged.append(step)
                 continue
-            for damaged, _ in problems:
-                self._put_aside(damaged)
+            for damaged_step in damaged:
+                self._put_aside(damaged_step)
             self._remove_leftovers()
             return state, position
-        if problems:
-            raise BadInput(f"{problems[0][1]} (and no other of the steps {steps} can be restored)")
+        if damaged:
+            raise BadInput(
+                f"{self.problems[0]} (and no other of the steps {steps} can be restored)"
+            )
         self._remove_leftovers()
         return None
 
@@ -239,8 +248,10 @@ class Checkpoints:
         """Renamed, not deleted: an on-call engineer may want to look."""
         assert self.directory is not None
         if jax.process_index() == 0:
-            target = self.directory / f"damaged-{step}"
-            shutil.rmtree(target, ignore_errors=True)
+            names = (
+                f"damaged-{step}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 1000)))
+            )
+            target = next(t for name in names if not (t := self.directory / name).exists())
             with contextlib.suppress(FileNotFoundError):
                 (self.directory / str(step)).rename(target)
         self.manager.reload()
@@ -251,6 +262,20 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
+
+
+def _is_no_damage(error: Exception) -> bool:
+    """Whether the surroundings failed, not the files."""
+    words = (
+        "RESOURCE_EXHAUSTED",
+        "UNAVAILABLE",
+        "PERMISSION_DENIED",
+        "DEADLINE_EXCEEDED",
+        "out of memory",
+    )
+    if isinstance(error, MemoryError | PermissionError | TimeoutError):
+        return True
+    return any(word in str(error) for word in words)
 
 
 def _arrays(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -53,6 +53,8 @@ _GIN_BINDINGS = flags.DEFINE_multi_string(
     "gin_bindings", [], "'NAME = VALUE', read after all files; --gin.NAME=VALUE is its short form."
 )
 
+_WARN_UNUSED = flags.DEFINE_bool("warn_unused", True, "Name the flags that the verb does not read.")
+
 _MACRO = "gin.macro"
 # Beside gin's global configuration: the file:line or flag of each binding, and the macros that any
 # statement mentions, because one that a later statement overrides is still no misspelling.
@@ -222,7 +224,7 @@ def _call(name: str, configurables: Configurables) -> Any:
     reach.call(verb)
     _check(reach)
     for key in _keys():
-        if key not in reach.used and _SOURCES[key].startswith("--"):
+        if _WARN_UNUSED.value and key not in reach.used and _SOURCES[key].startswith("--"):
             print(f"bloomjax: gin: {_SOURCES[key]} has no effect on {name}", file=sys.stderr)
     arguments = gin.get_bindings(name)
     # The function itself, not gin's wrapper of it, which drops the causes of exceptions.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax.errors import BadInput
@@ -18,10 +19,7 @@ from bloomjax.mixture import MAX_SAMPLES, Mixture, temperature_weights
 from bloomjax.partitioning import BATCH_AXES, num_batch_shards
 from bloomjax.schedules import BatchSchedule
 from bloomjax.token_store import TokenStore
-
-Batch = dict[
-    str, jax.Array
-]  # tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh
+from bloomjax.train_step import Batch
 
 
 def filled_rows(num_rows: int, multiple: int) -> int:
@@ -108,12 +106,17 @@ class TrainData:
           store_dir: token store that `prepare` wrote.
           sequence_length: tokens predicted in each row; windows of L + 1 overlap by one.
           seed: of the order of windows.
-          weights: token share of each language: a dict, "module:NAME" of one (TF-free, such as
-            "bloomjax.tasks.languages:ROOTS_WEIGHTS"), or None for the share each has in the store.
+          weights: token share of each language: a dict; "module:NAME" of a table (TF-free, such as
+            "bloomjax.tasks.languages:ROOTS_WEIGHTS"), of which the languages that the store has keep their proportions;
+            or None for the share each has in the store.
           temperature: shares become w^(1/temperature).
           max_filled_share: refuse a batch of which more rows than this would be empty.
           num_prefetched: batches read ahead.
         """
+        if sequence_length < 1 or num_prefetched < 1:
+            raise BadInput(
+                f"sequence_length and num_prefetched must be at least 1, got {sequence_length} and {num_prefetched}"
+            )
         self.store_dir = store_dir
         self.sequence_length = sequence_length
         self.seed = seed
@@ -136,6 +139,15 @@ class TrainData:
                 raise BadInput(
                     f"weights={self._weights!r} is not 'module:NAME' of a dict: {error}"
                 ) from error
+            absent = sorted(set(weights) - set(store.languages))
+            if absent:
+                logging.warning("%s has no %s", self.store_dir, ", ".join(absent))
+            weights = {name: w for name, w in weights.items() if name in store.languages}
+            if not weights:
+                raise BadInput(
+                    f"the store {self.store_dir} has no language of {self._weights}; "
+                    f"it has {', '.join(store.languages)}"
+                )
         if weights is None:
             weights = {name: store.num_tokens(name, "train") for name in store.languages}
         missing = sorted(set(weights) - set(store.languages))
@@ -166,6 +178,7 @@ class OpenTrainData:
         """What decides which tokens sample k is; saved with each checkpoint and compared on resume."""
         return {
             "store": self.store.fingerprint,
+            "vocabulary": self.store.vocabulary_fingerprint,
             "sequence_length": self.sequence_length,
             "seed": self.mixture.seed,
             "shares": self.mixture.shares,
@@ -209,6 +222,11 @@ class EvalData:
     """Held-out windows: the first `max_windows_per_language` of each language's validation split."""
 
     def __init__(self, *, max_windows_per_language: int = 8, batch_size_samples: int = 32):
+        if max_windows_per_language < 1 or batch_size_samples < 1:
+            raise BadInput(
+                f"max_windows_per_language and batch_size_samples must be at least 1, got "
+                f"{max_windows_per_language} and {batch_size_samples}"
+            )
         self.max_windows_per_language = max_windows_per_language
         self.batch_size_samples = batch_size_samples
 

@@ -53,7 +53,10 @@ def load_model(model_dir: Path, step: int | None) -> tuple[Bloom, dict, Vocabula
     files = sorted((model_dir / "vocabulary").glob("*"))
     if len(files) != 1:
         raise BadInput(f"{model_dir}/vocabulary should hold one file, it holds {len(files)}")
-    return model, params, open_vocabulary(files[0]), position["data"]["sequence_length"]
+    vocabulary, data = open_vocabulary(files[0]), position["data"]
+    if vocabulary.fingerprint != data["vocabulary"]:
+        raise BadInput(f"{files[0]} is not the vocabulary that {model_dir} was trained with")
+    return model, params, vocabulary, data["sequence_length"]
 
 
 def read_prompts() -> list[str]:

@@ -140,9 +140,7 @@ def _chunk(w_VD, z_loss, num_tokens_in_vocab, with_grads, vocab_axes, x_TD, targ
     column_1V = first + jnp.arange(w_VD.shape[0])[None, :]
     if num_tokens_in_vocab is not None:
         logits_TV = jnp.where(column_1V < num_tokens_in_vocab, logits_TV, -jnp.inf)
-    hit_TV = (
-        column_1V == targets_T[:, None]
-    )  # compared, not scattered: fuses with what surrounds it
+    hit_TV = column_1V == targets_T[:, None]  # compared, not scattered: it fuses
     max_T = pmax(jnp.max(logits_TV, axis=1))
     exp_TV = jnp.exp(logits_TV - max_T[:, None])
     sum_T = psum(jnp.sum(exp_TV, axis=1))

@@ -1,11 +1,12 @@
 """What a run writes down: metrics.jsonl, journal.jsonl, event files, and the progress a person watches."""
 
+import fcntl
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from bloomjax.errors import BadInput
 
@@ -22,7 +23,8 @@ class ScalarWriter(Protocol):
 class EventFileWriter:
     """TensorBoard event files through tensorboardX, without TensorFlow, behind clu's writer interface."""
 
-    def __init__(self, logdir: str):
+    def __init__(self, logdir: str, first_step: int):
+        """What the folder already has of `first_step` and later steps is hidden: a restart does them again."""
         # tensorboardX imports torch where it is installed, which takes seconds and is of no use here.
         sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
         try:
@@ -30,7 +32,7 @@ class EventFileWriter:
         finally:
             if sys.modules["torch"] is None:
                 del sys.modules["torch"]
-        self._writer = SummaryWriter(logdir)
+        self._writer = SummaryWriter(logdir, purge_step=first_step)
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
@@ -47,10 +49,11 @@ class EventFileWriter:
         self._writer.close()
 
 
-def clu_writer(logdir: str) -> ScalarWriter:
+def clu_writer(logdir: str, first_step: int) -> ScalarWriter:
     """clu's default writer (event files and the log). Loads TensorFlow: only for those who bind it in gin."""
     from clu import metric_writers
 
+    del first_step
     return metric_writers.create_default_writer(logdir)
 
 
@@ -158,12 +161,27 @@ class Progress:
         self._bar.close()
 
 
-def check_writable(model_dir: Path) -> None:
-    """Makes MODEL_DIR. BadInput if it is a file or cannot be written."""
+def lock_model_dir(model_dir: str | Path) -> TextIO:
+    """Makes MODEL_DIR and locks it until the returned file is closed or the process ends.
+
+    BadInput if it is a URL or a file, cannot be written, or another process trains there (its host and pid are named).
+    """
+    if "://" in str(model_dir):
+        raise BadInput(f"MODEL_DIR {model_dir} must be a folder; URLs are not supported yet")
+    model_dir = Path(model_dir)
     try:
         model_dir.mkdir(parents=True, exist_ok=True)
-        probe = model_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        file = (model_dir / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise BadInput(f"MODEL_DIR {model_dir} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BadInput(f"{holder} trains in MODEL_DIR {model_dir} at this moment") from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return file

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bloomjax.errors import BadInput
+
 
 def decay_mask(params):
     """True where weight decay applies: embeddings and kernels, never LayerNorms or biases.
@@ -31,6 +33,10 @@ def adamw(
     Clips the global L2 norm, then Adam with bias correction (arXiv 1412.6980), then adds weight_decay * parameter
     (arXiv 1711.05101) where `decay_mask` says so. The learning rate is no part of it: schedules count samples.
     """
+    if first_moment_dtype not in ("float32", "bfloat16"):
+        raise BadInput(
+            f"first_moment_dtype must be 'float32' or 'bfloat16', got {first_moment_dtype!r}"
+        )
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon, mu_dtype=jnp.dtype(first_moment_dtype)),

@@ -74,9 +74,14 @@ def prepare(
         _check_up_to_date(store, languages, vocab, holdout_fraction)
         _say(f"{store_dir} is up to date, nothing to do: {_summary(store)}")
         return
+    has_vocabulary = os.path.exists(vocabulary_path)
+    if not has_vocabulary and not vocabulary_path.endswith(".model"):  # before hours of reading
+        raise BadInput(
+            f"there is no vocabulary {vocabulary_path}; a new one is trained as a SentencePiece .model"
+        )
     languages = [language.counted() for language in languages]
     _check_num_documents(languages)
-    if os.path.exists(vocabulary_path):
+    if has_vocabulary:
         vocab = _open_vocabulary(vocabulary_path, vocab_size)
         _say(f"vocabulary {vocabulary_path}: {vocab.size:,} tokens")
     else:

@@ -1,6 +1,7 @@
 """Where a run stands and what it writes down: position, metrics, journal, checkpoints, words on the screen."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +14,12 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 import bloomjax
-from bloomjax import config, decoding, flops
+from bloomjax import decoding, flops
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
 from bloomjax.health import EXIT_RESTART
-from bloomjax.metrics import Journal, MetricsFile, Progress, ScalarWriter, check_writable
+from bloomjax.metrics import Journal, MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
 from bloomjax.schedules import BatchSchedule, CosineSchedule
 from bloomjax.train_step import TrainState
@@ -34,7 +35,7 @@ class Run:
     def __init__(
         self,
         *,
-        model_dir: Path,
+        model_dir: str,
         num_steps: int,
         eval_every_steps: int,
         batch_schedule: BatchSchedule,
@@ -43,9 +44,10 @@ class Run:
         data: OpenTrainData,
         mesh: Mesh,
         checkpoints: Checkpoints,
-        writer: Callable[[str], ScalarWriter] | None,
+        writer: Callable[[str, int], ScalarWriter] | None,
+        config_text: str,
     ):
-        self.model_dir = model_dir
+        self.model_dir = Path(model_dir)
         self.step = 0
         self._num_steps = num_steps
         self._eval_every_steps = eval_every_steps
@@ -57,6 +59,7 @@ class Run:
         self._is_main = jax.process_index() == 0
         self._pending: dict[str, Any] | None = None  # record of the newest step
         self._make_writer = writer
+        self._config_text = config_text
         self._writer: ScalarWriter | None = None
         self._flops_per_token = flops.flops_per_token(
             vocab_size=model.config.vocab_size,
@@ -69,9 +72,27 @@ class Run:
         self._device_kind = mesh.devices.flat[0].device_kind
         self._clock = time.monotonic()
         self._progress: Progress | None = None  # on the main process, while there are steps to do
-        check_writable(model_dir)
-        self._metrics = MetricsFile(model_dir, self._is_main)
-        self._journal = Journal(model_dir, self._is_main)
+        if jax.process_count() > 1:
+            raise BadInput("training on several hosts is not supported yet")
+        if eval_every_steps < 1:
+            raise BadInput(f"eval_every_steps must be at least 1, got {eval_every_steps}")
+        self._lock = lock_model_dir(model_dir)
+        self._metrics = MetricsFile(self.model_dir, self._is_main)
+        self._journal = Journal(self.model_dir, self._is_main)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        """Whatever ends the run, a checkpoint that is being written gets finished, and the folder is free again."""
+        try:
+            self._checkpoints.close()
+            if self._writer:
+                self._writer.close()
+            if self._progress:
+                self._progress.close()
+        finally:
+            self._lock.close()
 
     # What a checkpoint must agree with.
     def _identity(self) -> dict[str, Any]:
@@ -103,6 +124,8 @@ class Run:
     def restore(self, abstract: TrainState) -> TrainState | None:
         self._checkpoints.open(self.model_dir / "checkpoints")
         restored = self._checkpoints.restore(abstract, self._check_position)
+        for problem in self._checkpoints.problems:
+            self._journal.write("damaged_checkpoint", problem=problem)
         state = None
         if restored is not None:
             state, position = restored
@@ -113,7 +136,7 @@ class Run:
             # The process died between saving this step and writing its record.
             self._metrics.resume_after(self.step - 1)
             self._pending = position["record"]
-        self._was_done = state is not None and self.step >= self._num_steps
+        self._was_done = state is not None and self.is_done()
         return state
 
     def announce(self, state: TrainState, filled: list[str]) -> None:
@@ -124,14 +147,13 @@ class Run:
             jax=jax.__version__, bloomjax=bloomjax.__version__,
         )  # fmt: skip
         if self._is_main:
-            text = config.operative_config()
-            if text.strip():  # empty when no gin file was read
+            if self._config_text.strip():  # empty when no gin file was read
                 beside = self.model_dir / ".config.gin.tmp"
-                beside.write_text(text, encoding="utf-8")
+                beside.write_text(self._config_text, encoding="utf-8")
                 os.replace(beside, self.model_dir / "config.gin")
             if self._make_writer:
-                self._writer = self._make_writer(str(self.model_dir))
-        if self.step >= self._num_steps:
+                self._writer = self._make_writer(str(self.model_dir), self.step + 1)
+        if self.is_done():
             return
         batch_size = self._batch_schedule.batch_size(self.step + 1)
         if not self._is_main:
@@ -178,18 +200,32 @@ class Run:
         if record is None or "seconds" in record or "loss" not in record:
             return
         record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            self._give_up(record)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         rate = record["batch_size"] * self._data.sequence_length / seconds
         peak = flops.peak_flops_per_second(self._device_kind)
-        achieved = rate * self._flops_per_token.causal / self._num_devices
+        mfu = flops.mfu(rate * self._flops_per_token.causal, 1.0, self._num_devices, peak)
         record |= {
             "tokens_per_second": round(rate, 1),
-            "mfu": round(achieved / peak, 4) if peak else None,
+            "mfu": round(mfu, 4) if mfu else None,
             "seconds": round(seconds, 4),
         }
         if self._progress:
             self._progress.update(record["step"], record["loss"], rate)
+
+    def _give_up(self, record: dict[str, Any]) -> None:
+        """Before anything of this step is saved: a few NaN checkpoints would push out the last good one."""
+        self._pending = None
+        first = record["samples"] - record["batch_size"]
+        fields = {"loss": str(record["loss"]), "grad_norm": str(record["grad_norm"])}
+        samples = [first, record["samples"]]
+        self._journal.write("not_finite", step=record["step"], samples=samples, **fields)
+        raise BadInput(
+            f"step {record['step']} (samples {first} to {record['samples'] - 1}) has loss {record['loss']} and "
+            f"gradient norm {record['grad_norm']}; stopped, nothing of it is saved in {self.model_dir}"
+        )
 
     def _flush(self) -> None:
         self._complete()
@@ -219,6 +255,16 @@ class Run:
         )  # fmt: skip
         self._clock += time.monotonic() - started
 
+    def is_done(self) -> bool:
+        return self.step >= self._num_steps
+
+    def next_learning_rate(self) -> np.float32:
+        """Of the step to come: that of the samples consumed before it."""
+        return np.float32(self._learning_rate(self.samples))
+
+    def is_save_due(self) -> bool:
+        return self.is_done() or self._checkpoints.is_due(self.step)
+
     def is_evaluation_due(self) -> bool:
         """At step 0, at every interval and at the end, unless its result was already written before a restart."""
         if self.step and self._pending is None:
@@ -247,9 +293,8 @@ class Run:
     def stop(self, signal_name: str) -> int:
         """After the save: leaves the files whole and says how to go on."""
         self._flush()
-        self._checkpoints.close()
+        self._checkpoints.wait()
         self._journal.write("stop", step=self.step, samples=self.samples, signal=signal_name)
-        self._close()
         if self._is_main:
             saved = "saved" if self.step else "nothing to save yet"
             print(
@@ -260,9 +305,8 @@ class Run:
     def finish(self, state: TrainState, vocabulary: Vocabulary, prompts: Sequence[str]) -> None:
         """Loss by language before and after, a sample of text, where the checkpoint is."""
         self._flush()
-        self._checkpoints.close()
+        self._checkpoints.wait()
         self._journal.write("done", step=self.step, samples=self.samples)
-        self._close()
         length = self._data.sequence_length
         samples = sample_texts(self._model, state.params, vocabulary, prompts, length)
         if not self._is_main:
@@ -278,12 +322,6 @@ class Run:
                 f"all {self.step} steps are done; to go further raise TRAIN_STEPS, for example "
                 f"--gin.TRAIN_STEPS={2 * self.step}"
             )
-
-    def _close(self) -> None:
-        if self._writer:
-            self._writer.close()
-        if self._progress:
-            self._progress.close()
 
 
 def print_losses(metrics: MetricsFile) -> None:

@@ -7,7 +7,11 @@ import jax
 
 
 def use_compilation_cache(directory: str | None = None) -> None:
-    """Keeps compiled programs in `directory` (~/.cache/bloomjax/xla by default): a second start compiles nothing."""
+    """Keeps compiled programs, so that a second start compiles nothing.
+
+    In `directory`, else in JAX_COMPILATION_CACHE_DIR, else in ~/.cache/bloomjax/xla.
+    """
+    directory = directory or os.environ.get("JAX_COMPILATION_CACHE_DIR")
     directory = directory or os.path.expanduser("~/.cache/bloomjax/xla")
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

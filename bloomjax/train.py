@@ -1,32 +1,31 @@
 """The run from first line to last: `python -m bloomjax.train --gin_file=tiny.gin`."""
 
-import contextlib
 import functools
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bloomjax import config, flops, partitioning
+from bloomjax import config, partitioning
 from bloomjax.checkpoints import Checkpoints
-from bloomjax.data import EvalData, OpenTrainData, TrainData, check_filled_shares
-from bloomjax.errors import BadInput
+from bloomjax.data import EvalData, TrainData, check_filled_shares
 from bloomjax.health import StopSignals
 from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
+from bloomjax.preflight import (
+    check_model,
+    keep_vocabulary,
+    open_matching_vocabulary,
+    prepare_in_subprocess,
+)
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
 from bloomjax.startup import keep_freed_memory, use_compilation_cache
 from bloomjax.token_store import store_exists
 from bloomjax.train_step import (
+    Batch,
     StepOptions,
     TrainState,
     abstract_state,
@@ -34,7 +33,6 @@ from bloomjax.train_step import (
     make_eval_step,
     make_train_step,
 )
-from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 
 def train(
@@ -55,7 +53,8 @@ def train(
     train_steps: int | None = None,
     train_samples: int | None = None,
     prepare: Callable[..., Any] | None = None,
-    writer: Callable[[str], ScalarWriter] | None = None,
+    text_dir: str | None = None,
+    writer: Callable[[str, int], ScalarWriter] | None = None,
     sample_prompts: Sequence[str] = (),
     compilation_cache_dir: str | None = None,
     reuse_host_memory: bool = False,
@@ -68,8 +67,9 @@ def train(
       step: microbatches and the like.
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
-      prepare: what makes a missing store; started once as `python -m bloomjax.prepare` with the same flags.
-      writer: makes the TensorBoard writer of a folder.
+      prepare: if bound, a missing store is made, by `python -m bloomjax.prepare` with the same flags.
+      text_dir: if given, that also checks that an existing store was made from this text.
+      writer: makes the TensorBoard writer of a folder, given the first step it will see.
       sample_prompts: continued by the model at the end.
       compilation_cache_dir: where compiled programs are kept between runs; None for ~/.cache/bloomjax/xla.
       reuse_host_memory: keep freed memory in the process; for training on a CPU, see `keep_freed_memory`.
@@ -91,7 +91,7 @@ def train(
     filled = check_filled_shares(batch_schedule, num_steps, multiple, train_data.max_filled_share)
 
     # ---- data ----
-    if prepare is not None and not store_exists(train_data.store_dir):
+    if prepare is not None and (text_dir or not store_exists(train_data.store_dir)):
         code = prepare_in_subprocess()
         if code:
             return code  # it has said why
@@ -103,40 +103,52 @@ def train(
     abstract = abstract_state(model, optimizer, device_mesh)
     init, train_step, eval_step = jit_programs(model, optimizer, step, device_mesh, abstract)
 
-    # ---- restore ----
-    run = Run(
-        model_dir=Path(model_dir), num_steps=num_steps, eval_every_steps=eval_every_steps, model=model,
+    # ---- restore, loop ----
+    with Run(
+        model_dir=model_dir, num_steps=num_steps, eval_every_steps=eval_every_steps, model=model,
         batch_schedule=batch_schedule, learning_rate=learning_rate, data=data, mesh=device_mesh,
-        checkpoints=checkpoints, writer=writer,
-    )  # fmt: skip
-    state = run.restore(abstract)
-    if state is None:
-        state = init(seed)
-    run.announce(state, filled)
-    keep_vocabulary(vocabulary, run.model_dir)
-
-    # ---- loop ----
-    dropout_key = jax.random.key(seed + 1)
-    # Whatever ends the loop, a checkpoint that is being written gets finished.
-    with jax.set_mesh(device_mesh), StopSignals() as signals, contextlib.closing(checkpoints):
+        checkpoints=checkpoints, writer=writer, config_text=config.operative_config(),
+    ) as run:  # fmt: skip
+        state = run.restore(abstract)
+        if state is None:
+            state = init(seed)
+        run.announce(state, filled)
+        keep_vocabulary(vocabulary, run.model_dir)
         batches = data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, multiple)
-        while True:
-            # Stop before all else: a job that was told to end has little time. Save before evaluating:
-            # BLOOM lost 30 hours to evaluations that hung before the save.
-            if signals.received or checkpoints.is_due(run.step) or run.step >= num_steps:
-                run.save(state)
-            if signals.received:
-                return run.stop(signals.received)
-            if run.is_evaluation_due():
-                run.evaluate(eval_step, state.params, eval_batches)
-            if run.step >= num_steps:
-                break
-            _, batch = next(batches)
-            rate = np.float32(learning_rate(batch_schedule.samples_after(run.step)))
-            state, metrics = train_step(state, batch, rate, dropout_key)
-            run.finish_step(metrics)
-    run.finish(state, vocabulary, sample_prompts)
+        key = jax.random.key(seed + 1)
+        with jax.set_mesh(device_mesh), StopSignals() as signals:
+            state = loop(run, signals, state, train_step, eval_step, batches, eval_batches, key)
+        if signals.received and run.step < num_steps:
+            return run.stop(signals.received)
+        run.finish(state, vocabulary, sample_prompts)
     return 0
+
+
+def loop(
+    run: Run,
+    signals: StopSignals,
+    state: TrainState,
+    train_step: Callable[..., Any],
+    eval_step: Callable[..., Any],
+    batches: Iterator[tuple[int, Batch]],
+    eval_batches: Sequence[tuple[list[str], Batch]],
+    dropout_key: jax.Array,
+) -> TrainState:
+    """Steps until all are done or a signal came; the last state is saved."""
+    while True:
+        # Stop before all else: a job that was told to end has little time. Save before evaluating:
+        # BLOOM lost 30 hours to evaluations that hung before the save.
+        if signals.received or run.is_save_due():
+            run.save(state)
+        if signals.received:
+            return state
+        if run.is_evaluation_due():
+            run.evaluate(eval_step, state.params, eval_batches)
+        if run.is_done():
+            return state
+        _, batch = next(batches)
+        state, metrics = train_step(state, batch, run.next_learning_rate(), dropout_key)
+        run.finish_step(metrics)
 
 
 def jit_programs(
@@ -157,54 +169,6 @@ def jit_programs(
     )
     eval_step = jax.jit(make_eval_step(model, step), out_shardings=replicated)
     return init, train_step, eval_step
-
-
-def check_model(model: Bloom, mesh: Mesh, sequence_length: int) -> None:
-    """BadInput if the mesh does not divide the model, or the parameters are not as many as expected."""
-    c = model.config
-    mlp_dim = c.mlp_dim or 4 * c.emb_dim
-    partitioning.check_divisible(
-        mesh, sequence_length=sequence_length, vocab_size=c.vocab_size, num_heads=c.num_heads,
-        mlp_dim=mlp_dim, emb_dim=c.emb_dim,
-    )  # fmt: skip
-    num = flops.num_params(
-        vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=mlp_dim
-    )
-    if c.expected_params is not None and num != c.expected_params:
-        raise BadInput(
-            f"this shape has {num:,} parameters, expected_params says {c.expected_params:,}"
-        )
-
-
-def prepare_in_subprocess() -> int:
-    """Makes vocabulary and token store in a process of its own, so that this one never loads TensorFlow."""
-    command = [sys.executable, "-m", "bloomjax.prepare", *config.arguments()]
-    return 0 if jax.process_index() else abs(subprocess.run(command, check=False).returncode)
-
-
-def open_matching_vocabulary(path: str, data: OpenTrainData, model: Bloom) -> Vocabulary:
-    """The vocabulary; BadInput unless it is the one that made the store and fits the embedding."""
-    vocabulary = open_vocabulary(path)
-    if vocabulary.fingerprint != data.store.vocabulary_fingerprint:
-        raise BadInput(
-            f"vocabulary {path} (sha256 {vocabulary.fingerprint[:12]}) did not make the store {data.store.path} "
-            f"(sha256 {data.store.vocabulary_fingerprint[:12]})"
-        )
-    if vocabulary.size > model.config.vocab_size:
-        raise BadInput(
-            f"vocabulary {path} has {vocabulary.size} tokens, the embedding only {model.config.vocab_size} rows "
-            "(BloomConfig.vocab_size)"
-        )
-    return vocabulary
-
-
-def keep_vocabulary(vocabulary: Vocabulary, model_dir: Path) -> None:
-    target = model_dir / "vocabulary" / vocabulary.path.name
-    if jax.process_index() == 0 and not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        beside = model_dir / f".{target.name}.tmp"
-        shutil.copyfile(vocabulary.path, beside)
-        os.replace(beside, target)
 
 
 if __name__ == "__main__":

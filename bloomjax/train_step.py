@@ -19,7 +19,8 @@ from bloomjax.errors import BadInput
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
 
-Batch = dict[str, Any]  # tokens: int32 [B, L + 1]; weights: float32 [B]
+# tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh.
+Batch = dict[str, Any]
 
 
 @flax.struct.dataclass
@@ -36,19 +37,27 @@ class StepOptions:
     """How a step is computed; only z_loss changes what.
 
     Attributes:
-      microbatch_size: rows a batch shard works on at a time; None takes the whole batch at once. Gradients are
-        accumulated in float32.
+      microbatch_size_samples: rows a batch shard works on at a time; None takes the whole batch at once. Gradients
+        are accumulated in float32.
       z_loss: weight of logsumexp^2.
       loss_chunk_tokens: tokens of one device whose logits exist at a time.
     """
 
-    microbatch_size: int | None = None
+    microbatch_size_samples: int | None = None
     z_loss: float = 0.0
     loss_chunk_tokens: int = 1024
 
+    def __post_init__(self):
+        if self.microbatch_size_samples is not None and self.microbatch_size_samples < 1:
+            raise BadInput(
+                f"microbatch_size_samples must be at least 1 or None, got {self.microbatch_size_samples}"
+            )
+        if self.loss_chunk_tokens < 1:
+            raise BadInput(f"loss_chunk_tokens must be at least 1, got {self.loss_chunk_tokens}")
+
     def row_multiple(self, mesh: Mesh) -> int:
         """A batch has a multiple of this many rows (`train` fills it up)."""
-        return partitioning.num_batch_shards(mesh) * (self.microbatch_size or 1)
+        return partitioning.num_batch_shards(mesh) * (self.microbatch_size_samples or 1)
 
 
 def init_state(model: Bloom, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -147,7 +156,7 @@ def make_train_step(
         multiple = options.row_multiple(mesh)
         if num_rows % multiple:
             raise ValueError(f"a batch of {num_rows} rows is no multiple of {multiple}")
-        num_microbatches = num_rows // multiple if options.microbatch_size else 1
+        num_microbatches = num_rows // multiple if options.microbatch_size_samples else 1
         if num_microbatches == 1:
             loss, grads = loss_and_grads(state.params, batch, token_weight, key)
         else:

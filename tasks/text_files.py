@@ -146,6 +146,9 @@ def register_mixture(
 ) -> None:
     """Registers a seqio Task for each language and one Mixture, in place of earlier ones.
 
+    The rates are for readers of the seqio Mixture. A training run takes its shares from `TrainData.weights` (by default
+    the share of tokens each language has in the store), since seqio's rates count examples, not tokens.
+
     seqio allows no '-' in names: the Task of 'code-c' is '<mixture>.code_c'. Its source carries
     the attribute `language_text`, a LanguageText.
 

@@ -12,8 +12,8 @@ gin.external_configurable(tiny_run.FirstDevices)
 class SlowWriter:
     """Makes each step take 50 ms at least, so that a test can end a run in the middle."""
 
-    def __init__(self, logdir: str):
-        del logdir
+    def __init__(self, logdir: str, first_step: int):
+        del logdir, first_step
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
         del step, scalars

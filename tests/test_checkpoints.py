@@ -477,3 +477,32 @@ def test_position_is_plain_json(two_steps):
     original, _, _ = two_steps
     (path,) = (p for p in data_files(original / "20" / "position") if b"samples" in p.read_bytes())
     assert json.loads(path.read_text())["step"] == 20
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("RESOURCE_EXHAUSTED: 3 GiB")])
+def test_what_is_no_damage_costs_no_checkpoint(two_steps, tmp_path, monkeypatch, error):
+    """Out of memory once, and the newest checkpoint would be put aside and its steps done again."""
+    original, states, mesh = two_steps
+    folder = tmp_path / "copy"
+    shutil.copytree(original, folder)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("bloomjax.checkpoints._verify", fail)
+    with pytest.raises(type(error)):
+        restored(folder, states[20], mesh)
+    monkeypatch.undo()
+    assert restored(folder, states[20], mesh)[1]["step"] == 20
+
+
+def test_an_earlier_damaged_checkpoint_is_kept(two_steps, tmp_path):
+    original, states, mesh = two_steps
+    folder = tmp_path / "copy"
+    shutil.copytree(original, folder)
+    (folder / "damaged-20").mkdir()
+    (folder / "damaged-20" / "note").write_text("of last week")
+    for path in data_files(folder / "20" / "state"):
+        path.write_bytes(path.read_bytes()[:-3])
+    assert restored(folder, states[20], mesh)[1]["step"] == 10
+    assert (folder / "damaged-20" / "note").exists() and (folder / "damaged-20.1").is_dir()

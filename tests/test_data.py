@@ -211,7 +211,10 @@ def test_weights_as_dict_module_and_temperature(tiny_text, monkeypatch):
     "weights, message",
     [
         ({"aa": 1.0, "xx": 1.0, "yy": 2.0}, "names xx, yy, which the store .* it has aa, bb, cc"),
-        ("bloomjax.tasks.languages:ROOTS_WEIGHTS", "names .*en.* which the store"),
+        (
+            "bloomjax.tasks.languages:ROOTS_WEIGHTS",
+            "has no language of .*WEIGHTS; it has aa, bb, cc",
+        ),
         ("bloomjax.tasks.languages:RATES", "is not 'module:NAME' of a dict: .*RATES"),
         (
             "no_such_module:RATES",

@@ -19,10 +19,10 @@ LAYERS = (
     {"model", "optimizer", "mixture", "token_store", "vocabulary"},
     {"decoding"},
     {"train_step", "data", "checkpoints", "health", "metrics"},
-    {"run"},
+    {"run", "preflight"},
     {"train", "generate", "prepare"},
 )
-MAY_IMPORT_CONFIG = {"run", "train", "generate", "prepare"}
+MAY_IMPORT_CONFIG = {"preflight", "train", "generate", "prepare"}
 HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "torch", "transformers"}
 
 

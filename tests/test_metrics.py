@@ -13,7 +13,7 @@ from bloomjax.metrics import (
     MetricsFile,
     Progress,
     append_line,
-    check_writable,
+    lock_model_dir,
 )
 
 
@@ -116,7 +116,7 @@ def test_journal_only_grows(tmp_path):
 
 def test_event_files_hold_the_scalars(tmp_path):
     before = {"torch", "tensorflow"} & sys.modules.keys()
-    writer = EventFileWriter(str(tmp_path))
+    writer = EventFileWriter(str(tmp_path), 1)
     assert {"torch", "tensorflow"} & sys.modules.keys() == before  # tensorboardX would load torch
     writer.write_scalars(7, {"loss": 2.5, "loss_by_language/aa": 3})
     writer.write_texts(7, {"sample": "text"})
@@ -147,10 +147,16 @@ def test_progress_in_a_log(capsys):
 
 
 def test_model_dir_must_be_writable(tmp_path):
-    check_writable(tmp_path / "new" / "folder")
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    with lock_model_dir(tmp_path / "new" / "folder"):
+        with pytest.raises(BadInput, match=rf"pid {os.getpid()} on .* trains in MODEL_DIR"):
+            lock_model_dir(tmp_path / "new" / "folder")
+    lock_model_dir(tmp_path / "new" / "folder").close()
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == [".lock"]
+    with pytest.raises(BadInput, match="URLs are not supported"):
+        lock_model_dir("gs://bucket/run")
+    assert not Path("gs:").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="MODEL_DIR .*/file cannot be written: File exists"):
-        check_writable(tmp_path / "file")
+        lock_model_dir(tmp_path / "file")
     with pytest.raises(BadInput, match="MODEL_DIR .*/file/run cannot be written: Not a directory"):
-        check_writable(tmp_path / "file" / "run")
+        lock_model_dir(tmp_path / "file" / "run")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from reference_bloom import jit
 
+from bloomjax.errors import BadInput
 from bloomjax.model import Bloom, BloomConfig
 from bloomjax.optimizer import adamw, decay_mask
 
@@ -127,3 +128,8 @@ def test_exactly_kernels_and_the_embedding_decay():
     updates, _ = jit(optimizer.update)(zeros, optimizer.init(params), params)
     for path, update in jax.tree.leaves_with_path(updates):
         assert np.all(np.asarray(update) == 0.25 * mask[jax.tree_util.keystr(path)])
+
+
+def test_bad_dtype_of_the_moment():
+    with pytest.raises(BadInput, match="first_moment_dtype must be 'float32' or 'bfloat16'"):
+        adamw(first_moment_dtype="bf16")

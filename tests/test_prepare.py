@@ -171,7 +171,7 @@ def test_bad_arguments(arguments, tmp_path, text_dir):
     refuse("held-out fraction", holdout_fraction=1.5)
     refuse("VOCAB_SIZE 9999 is too large", vocab_size=9999)
     refuse("does not read TEXT_DIR", task_module="bloomjax.tasks.demo")
-    refuse(r"\*\.model or a tokenizer\.json|must end in \.model", vocabulary_path="vocab.txt")
+    refuse("there is no vocabulary vocab.txt; a new one", vocabulary_path="vocab.txt")
 
 
 def test_one_task_is_one_language(arguments):

@@ -154,7 +154,7 @@ class SignalAt:
     def __init__(self, step, number):
         self._step, self._number = step, number
 
-    def __call__(self, logdir):
+    def __call__(self, logdir, first_step):
         return self
 
     def write_scalars(self, step, scalars):
@@ -546,3 +546,47 @@ def test_model_dir_is_a_file(tiny_text, tmp_path):
     with pytest.raises(BadInput, match="MODEL_DIR .*/run cannot be written"):
         tiny_run.run(tiny_text, tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
+
+
+# ---- one run at a time, and none into NaN ----
+
+
+def test_a_second_process_on_the_model_dir_is_refused(tiny_text, undisturbed, tmp_path):
+    model_dir = tmp_path / "run"
+    before = {}
+
+    def second(logdir, first_step):
+        return Second()
+
+    class Second:
+        def write_scalars(self, step, scalars):
+            if step == 15:
+                before["files"] = sorted(model_dir.rglob("*"))
+                with pytest.raises(BadInput, match=rf"pid {os.getpid()} on .* trains in MODEL_DIR"):
+                    tiny_run.run(tiny_text, model_dir)
+
+        def close(self):
+            pass
+
+    assert tiny_run.run(tiny_text, model_dir, writer=second) == 0
+    assert before["files"]
+    assert_same_run(model_dir, undisturbed)
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tiny_text, tmp_path):
+    model_dir = tmp_path / "run"
+    wild = CosineSchedule(1e30, 1e30, 0, 400)
+    with pytest.raises(BadInput, match=r"step \d+ \(samples \d+ to \d+\) has loss .*nothing of it"):
+        tiny_run.run(tiny_text, model_dir, learning_rate=wild)
+    incident = journal(model_dir)[-1]
+    assert incident["event"] == "not_finite"
+    assert incident["samples"][0] == 8 * (incident["step"] - 1)
+    steps = [int(p.name) for p in (model_dir / "checkpoints").iterdir() if p.name.isdecimal()]
+    assert all(step < incident["step"] for step in steps)
+    assert [r["step"] for r in tiny_run.records(model_dir)] == list(range(incident["step"]))
+
+
+def test_evaluation_interval_must_be_positive(tiny_text, tmp_path):
+    with pytest.raises(BadInput, match="eval_every_steps must be at least 1, got 0"):
+        tiny_run.run(tiny_text, tmp_path / "run", eval_every_steps=0)
+    assert not (tmp_path / "run").exists()

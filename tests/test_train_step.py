@@ -14,6 +14,7 @@ import reference_bloom
 from jax.sharding import NamedSharding, PartitionSpec
 from reference_bloom import jit
 
+from bloomjax.errors import BadInput
 from bloomjax.model import Bloom, BloomConfig
 from bloomjax.optimizer import adamw
 from bloomjax.partitioning import MeshShape
@@ -59,7 +60,7 @@ def abstract(mesh, config=F32):
 
 @functools.cache
 def lowered_step(mesh, config=F32, microbatch_size=None):
-    options = StepOptions(microbatch_size=microbatch_size, loss_chunk_tokens=64)
+    options = StepOptions(microbatch_size_samples=microbatch_size, loss_chunk_tokens=64)
     state = abstract(mesh, config)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     replicated = NamedSharding(build(mesh), PartitionSpec())
@@ -179,7 +180,7 @@ def test_microbatches_need_less_memory():
 
 def test_row_multiple():
     assert StepOptions().row_multiple(build((2, 2, 2))) == 4
-    assert StepOptions(microbatch_size=3).row_multiple(build((1, 4, 2))) == 12
+    assert StepOptions(microbatch_size_samples=3).row_multiple(build((1, 4, 2))) == 12
 
 
 def test_five_steps_in_bf16_on_eight_devices():
@@ -411,3 +412,9 @@ def test_row_losses_equal_float64(mesh):
     want = reference_bloom.token_losses(reference_bloom.to_float64(params()), tokens).mean(1)
     assert got.shape == (ROWS,) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"microbatch_size_samples": 0}, {"loss_chunk_tokens": 0}])
+def test_options_that_make_no_sense(bad):
+    with pytest.raises(BadInput, match="must be at least 1"):
+        StepOptions(**bad)

@@ -1,0 +1,66 @@
+"""What is checked and made before the first step of a run: model against mesh, token store, vocabulary."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from bloomjax import config, flops, partitioning
+from bloomjax.data import OpenTrainData
+from bloomjax.errors import BadInput
+from bloomjax.model import Bloom
+from bloomjax.vocabulary import Vocabulary, open_vocabulary
+
+
+def check_model(model: Bloom, mesh: Mesh, sequence_length: int) -> None:
+    """BadInput if the mesh does not divide the model, or the parameters are not as many as expected."""
+    c = model.config
+    mlp_dim = c.mlp_dim or 4 * c.emb_dim
+    partitioning.check_divisible(
+        mesh, sequence_length=sequence_length, vocab_size=c.vocab_size, num_heads=c.num_heads,
+        mlp_dim=mlp_dim, emb_dim=c.emb_dim,
+    )  # fmt: skip
+    num = flops.num_params(
+        vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=mlp_dim
+    )
+    if c.expected_params is not None and num != c.expected_params:
+        raise BadInput(
+            f"this shape has {num:,} parameters, expected_params says {c.expected_params:,}"
+        )
+
+
+def prepare_in_subprocess() -> int:
+    """Makes vocabulary and token store in a process of its own, so that this one never loads TensorFlow."""
+    command = [sys.executable, "-m", "bloomjax.prepare", *config.arguments(), "--nowarn_unused"]
+    return abs(subprocess.run(command, check=False).returncode)
+
+
+def open_matching_vocabulary(path: str, data: OpenTrainData, model: Bloom) -> Vocabulary:
+    """The vocabulary; BadInput unless it is the one that made the store and fits the embedding."""
+    vocabulary = open_vocabulary(path)
+    if vocabulary.fingerprint != data.store.vocabulary_fingerprint:
+        raise BadInput(
+            f"vocabulary {path} (sha256 {vocabulary.fingerprint[:12]}) did not make the store {data.store.path} "
+            f"(sha256 {data.store.vocabulary_fingerprint[:12]})"
+        )
+    if vocabulary.size > model.config.vocab_size:
+        raise BadInput(
+            f"vocabulary {path} has {vocabulary.size} tokens, the embedding only {model.config.vocab_size} rows "
+            "(BloomConfig.vocab_size)"
+        )
+    return vocabulary
+
+
+def keep_vocabulary(vocabulary: Vocabulary, model_dir: Path) -> None:
+    """The run's own copy, in place of one that a start before the first checkpoint may have left."""
+    target = model_dir / "vocabulary" / vocabulary.path.name
+    if target.exists() and open_vocabulary(target).fingerprint == vocabulary.fingerprint:
+        return
+    shutil.rmtree(target.parent, ignore_errors=True)
+    target.parent.mkdir()
+    beside = model_dir / f".{target.name}.tmp"
+    shutil.copyfile(vocabulary.path, beside)
+    os.replace(beside, target)
