@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -590,3 +591,31 @@ def test_evaluation_interval_must_be_positive(tiny_text, tmp_path):
     with pytest.raises(BadInput, match="eval_every_steps must be at least 1, got 0"):
         tiny_run.run(tiny_text, tmp_path / "run", eval_every_steps=0)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_all_of_tiny_gin_without_tensorflow(tmp_path):
+    """The shipped configuration as a user runs it, once prepared: TensorFlow would end it with code 97."""
+    pytest.importorskip("seqio", reason="prepare needs the extra `data`")
+    command = [sys.executable, "-m", "bloomjax.train", "--gin_file=tiny.gin"]
+    refused = subprocess.run(
+        command, cwd=tmp_path, env=tiny_run.environment(), capture_output=True, check=False
+    )
+    assert refused.returncode == 97  # the guard works: without a store, train starts prepare
+    prepare = [sys.executable, "-m", "bloomjax.prepare", "--gin_file=tiny.gin"]
+    plain = os.environ | {"PYTHONPATH": str(tiny_run.REPOSITORY)}
+    subprocess.run(prepare, cwd=tmp_path, env=plain, capture_output=True, check=True)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    records = tiny_run.records(tmp_path / "runs" / "tiny")
+    assert [r["step"] for r in records] == list(range(301))
+    assert records[-1]["validation_loss"] <= 0.7 * records[0]["validation_loss"]
+    assert len(records[-1]["loss_by_language"]) == 59
+    assert "checkpoint: runs/tiny/checkpoints/300" in done.stdout
