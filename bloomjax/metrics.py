@@ -51,7 +51,10 @@ class EventFileWriter:
 
 def clu_writer(logdir: str, first_step: int) -> ScalarWriter:
     """clu's default writer (event files and the log). Loads TensorFlow: only for those who bind it in gin."""
-    from clu import metric_writers
+    try:
+        from clu import metric_writers
+    except ImportError as error:
+        raise BadInput(f"clu_writer needs TensorFlow and tensorboard: {error}") from error
 
     del first_step
     return metric_writers.create_default_writer(logdir)
