@@ -106,21 +106,23 @@ class Checkpoints:
         """Steps of the whole checkpoints, oldest first."""
         return sorted(self.manager.all_steps())
 
-    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; the writing goes on behind. An existing step is not rewritten."""
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> bool:
+        """Copies the state to the host and returns; the writing goes on behind.
+
+        False if nothing is saved, because the step exists: it is not rewritten.
+        """
         if step in self.manager.all_steps():
-            return
+            return False
         position = {
             **position,
             "step": step,
             "arrays": _arrays(state),
             "fingerprints": fingerprints(state),
         }
-        position = json.loads(
-            json.dumps(position)
-        )  # a copy: it is written while the caller goes on
+        # A copy, since it is written while the caller goes on.
+        position = json.loads(json.dumps(position))
         position["checksum"] = _checksum(position)
-        self.manager.save(
+        return self.manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
@@ -150,7 +152,7 @@ class Checkpoints:
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
                 if _is_no_damage(error):
                     raise
-                problem = f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}"
+                problem = self._damage(step, error)
                 logging.error("%s", problem)
                 self.problems.append(problem)
                 damaged.append(step)
@@ -180,9 +182,7 @@ class Checkpoints:
         try:
             return self._restore_position(step)
         except Exception as error:
-            raise BadInput(
-                f"checkpoint {self.directory}/{step} is damaged: {_first_line(error)}"
-            ) from error
+            raise BadInput(self._damage(step, error)) from error
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Only the parameters of `step`, verified; for inference. BadInput if they are damaged or of another model."""
@@ -201,8 +201,7 @@ class Checkpoints:
                 )
                 _verify(restored["params"], position, prefix=".params")
             except Exception as error:
-                where = f"checkpoint {self.directory}/{step}"
-                raise BadInput(f"{where} is damaged: {_first_line(error)}") from error
+                raise BadInput(self._damage(step, error)) from error
         return restored["params"]
 
     def wait(self) -> None:
@@ -243,6 +242,12 @@ class Checkpoints:
         state = self.manager.restore(step, args=args)["state"]
         _verify(state, position)
         return state
+
+    def _damage(self, step: int, error: Exception) -> str:
+        text = re.sub(r"\s+", " ", str(error)).strip()
+        return (
+            f"checkpoint {self.directory}/{step} is damaged: {type(error).__name__}: {text[:200]}"
+        )
 
     def _put_aside(self, step: int) -> None:
         """Renamed, not deleted: an on-call engineer may want to look."""
@@ -296,8 +301,3 @@ def _verify(state: Any, position: dict[str, Any], prefix: str = "") -> None:
     if wrong:
         names = ", ".join(wrong[:3])
         raise ValueError(f"content differs from its fingerprint in {len(wrong)} arrays: {names}")
-
-
-def _first_line(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{type(error).__name__}: {text[:200]}"

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 
 from bloomjax import config, decoding, partitioning
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
 from bloomjax.startup import use_compilation_cache
-from bloomjax.train_step import abstract_state
+from bloomjax.train_step import abstract_params
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "MODEL_DIR of a run.")
@@ -42,13 +41,7 @@ def load_model(model_dir: Path, step: int | None) -> tuple[Bloom, dict, Vocabula
     checkpoints.open(model_dir / "checkpoints", read_only=True)
     position = checkpoints.read_position(step)
     mesh = partitioning.MeshShape(1, 1, 1).build(jax.devices()[:1])
-    optimizer = config.build("train.optimizer", model_dir / "config.gin")
-    abstract = abstract_state(model, optimizer, mesh).params
-    whole = NamedSharding(mesh, PartitionSpec())
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), abstract
-    )
-    params = checkpoints.restore_params(position["step"], abstract)
+    params = checkpoints.restore_params(position["step"], abstract_params(model, mesh))
     checkpoints.close()
     files = sorted((model_dir / "vocabulary").glob("*"))
     if len(files) != 1:

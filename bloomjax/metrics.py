@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from bloomjax.errors import BadInput
+from bloomjax.files import write_whole
 
 
 class ScalarWriter(Protocol):
@@ -101,9 +102,7 @@ class MetricsFile:
             return
         with self._superseded.open("a", encoding="utf-8") as file:
             file.writelines(cut)
-        beside = self._path.with_suffix(".jsonl.tmp")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, self._path)
+        write_whole(self._path, "".join(kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
         if self._enabled:

@@ -109,6 +109,11 @@ class BloomConfig:
         return self.emb_dim // self.num_heads
 
     @property
+    def mlp_width(self) -> int:
+        """mlp_dim, or what None stands for."""
+        return self.mlp_dim or 4 * self.emb_dim
+
+    @property
     def num_valid_tokens(self) -> int | None:
         """From which column on logits are masked; None for nowhere."""
         return self.num_tokens_in_vocab if self.mask_padding_vocab else None
@@ -283,7 +288,7 @@ class Block(nn.Module):
     def __call__(self, x_BLD, start, k_valid_BS):
         """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py); None in training."""
         c = self.config
-        D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_dim or 4 * c.emb_dim
+        D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
         out_std = c.init_std / math.sqrt(2 * c.num_layers)
         dropout = Dropout(c.hidden_dropout_rate, self.deterministic)
 

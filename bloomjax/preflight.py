@@ -1,6 +1,5 @@
 """What is checked and made before the first step of a run: model against mesh, token store, vocabulary."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 from bloomjax import config, flops, partitioning
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
+from bloomjax.files import write_whole
 from bloomjax.model import Bloom
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
@@ -18,13 +18,12 @@ from bloomjax.vocabulary import Vocabulary, open_vocabulary
 def check_model(model: Bloom, mesh: Mesh, sequence_length: int) -> None:
     """BadInput if the mesh does not divide the model, or the parameters are not as many as expected."""
     c = model.config
-    mlp_dim = c.mlp_dim or 4 * c.emb_dim
     partitioning.check_divisible(
         mesh, sequence_length=sequence_length, vocab_size=c.vocab_size, num_heads=c.num_heads,
-        mlp_dim=mlp_dim, emb_dim=c.emb_dim,
+        mlp_dim=c.mlp_width, emb_dim=c.emb_dim,
     )  # fmt: skip
     num = flops.num_params(
-        vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=mlp_dim
+        vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=c.mlp_width
     )
     if c.expected_params is not None and num != c.expected_params:
         raise BadInput(
@@ -60,7 +59,4 @@ def keep_vocabulary(vocabulary: Vocabulary, model_dir: Path) -> None:
     if target.exists() and open_vocabulary(target).fingerprint == vocabulary.fingerprint:
         return
     shutil.rmtree(target.parent, ignore_errors=True)
-    target.parent.mkdir()
-    beside = model_dir / f".{target.name}.tmp"
-    shutil.copyfile(vocabulary.path, beside)
-    os.replace(beside, target)
+    write_whole(target, vocabulary.path.read_bytes())

@@ -18,6 +18,7 @@ from bloomjax import decoding, flops
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
+from bloomjax.files import write_whole
 from bloomjax.health import EXIT_RESTART
 from bloomjax.metrics import Journal, MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
@@ -65,7 +66,7 @@ class Run:
             vocab_size=model.config.vocab_size,
             emb_dim=model.config.emb_dim,
             num_layers=model.config.num_layers,
-            mlp_dim=model.config.mlp_dim or 4 * model.config.emb_dim,
+            mlp_dim=model.config.mlp_width,
             sequence_length_tokens=data.sequence_length,
         )
         self._num_devices = mesh.devices.size
@@ -148,16 +149,13 @@ class Run:
         )  # fmt: skip
         if self._is_main:
             if self._config_text.strip():  # empty when no gin file was read
-                beside = self.model_dir / ".config.gin.tmp"
-                beside.write_text(self._config_text, encoding="utf-8")
-                os.replace(beside, self.model_dir / "config.gin")
+                write_whole(self.model_dir / "config.gin", self._config_text.encode())
             if self._make_writer:
                 self._writer = self._make_writer(str(self.model_dir), self.step + 1)
-        if self.is_done():
+                self._writer.write_texts(self.step, {"config": self._config_text})
+        if self.is_done() or not self._is_main:
             return
         batch_size = self._batch_schedule.batch_size(self.step + 1)
-        if not self._is_main:
-            return
         if self.step == 0:
             print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(
@@ -245,11 +243,12 @@ class Run:
         if self.step == 0:
             return
         self._complete()
-        if self.step in self._checkpoints.steps():
-            return
         started = time.monotonic()
         position = {"samples": self.samples, "record": self._pending, **self._identity()}
-        self._checkpoints.save(self.step, state, position)
+        if not self._checkpoints.save(self.step, state, position):
+            return
+        if self._writer:
+            self._writer.flush()
         self._journal.write(
             "save", step=self.step, samples=self.samples, stall_seconds=round(time.monotonic() - started, 3)
         )  # fmt: skip
@@ -269,11 +268,13 @@ class Run:
         """At step 0, at every interval and at the end, unless its result was already written before a restart."""
         if self.step and self._pending is None:
             return False
+        return self._is_evaluated_here()
+
+    def _is_evaluated_here(self) -> bool:
         return self.step in (0, self._num_steps) or self.step % self._eval_every_steps == 0
 
     def _lacks_evaluation(self, record: dict[str, Any]) -> bool:
-        due = self.step == self._num_steps or self.step % self._eval_every_steps == 0
-        return due and "loss_by_language" not in record
+        return self._is_evaluated_here() and "loss_by_language" not in record
 
     def evaluate(self, eval_step, params, batches) -> None:
         """Puts held-out loss into the record of this step."""

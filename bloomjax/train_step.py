@@ -69,37 +69,43 @@ def init_state(model: Bloom, optimizer: optax.GradientTransformation, seed: int)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def abstract_state(model: Bloom, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state; called outside `jax.set_mesh`.
+def abstract_params(model: Bloom, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters; called outside `jax.set_mesh`.
 
     A parameter without logical axes, or with one that has no rule, is an error: nothing is replicated by accident.
     """
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    shapes = nn.unbox(boxed)
 
-    def sharding(path, shape, names):
+    def with_sharding(path, shape, names):
         if len(names) != len(shape.shape):
             raise BadInput(
                 f"parameter {jax.tree_util.keystr(path)} of shape {shape.shape} has logical axes {tuple(names)}; "
                 "each dimension needs one (flax.linen.with_logical_partitioning)"
             )
-        return NamedSharding(mesh, partitioning.parameter_spec(names))
+        sharding = NamedSharding(mesh, partitioning.parameter_spec(names))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    params = jax.tree_util.tree_map_with_path(sharding, shapes, nn.get_partition_spec(boxed))
+    names = nn.get_partition_spec(boxed)
+    return jax.tree_util.tree_map_with_path(with_sharding, nn.unbox(boxed), names)
+
+
+def abstract_state(model: Bloom, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; the optimizer's are those of the parameters it follows."""
+    params = abstract_params(model, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    opt_shapes = jax.eval_shape(optimizer.init, shapes)
-    opt = optax.tree_map_params(
-        optimizer, lambda _, s: s, opt_shapes, params, transform_non_params=lambda _: replicated
-    )
 
-    def with_sharding(shape, s):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=s)
+    def with_sharding(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
-        params=jax.tree.map(with_sharding, shapes, params),
-        opt_state=jax.tree.map(with_sharding, opt_shapes, opt),
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda moment, param: with_sharding(moment, param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda count: with_sharding(count, replicated),
     )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, opt_state)
 
 
 def abstract_batch(num_rows: int, sequence_length: int, mesh: Mesh) -> Batch:

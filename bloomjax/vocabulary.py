@@ -11,7 +11,6 @@ import io
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +19,7 @@ import sentencepiece
 import tokenizers
 
 from bloomjax.errors import BadInput
+from bloomjax.files import write_whole
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
@@ -254,7 +254,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise _bad_vocab_size(vocab_size, error) from None
-    _write_then_rename(path, model.getvalue())
+    write_whole(path, model.getvalue())
     return SentencePieceVocabulary(path)
 
 
@@ -302,20 +302,6 @@ def _read_vocabulary_file(path: Path) -> bytes:
         raise BadInput(f"there is no vocabulary {path}; {path.parent} has: {found}") from None
     except OSError as error:
         raise BadInput(f"cannot read the vocabulary {path}: {error.strerror}") from None
-
-
-def _write_then_rename(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _one_line(error: Exception) -> str:

@@ -19,5 +19,11 @@ class SlowWriter:
         del step, scalars
         time.sleep(0.05)
 
+    def write_texts(self, step: int, texts: dict[str, str]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

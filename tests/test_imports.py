@@ -14,7 +14,7 @@ from bloomjax import config
 
 # A module imports only from its own layer and those below; verbs stand above all others.
 LAYERS = (
-    {"errors"},
+    {"errors", "files"},
     {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup"},
     {"model", "optimizer", "mixture", "token_store", "vocabulary"},
     {"decoding"},

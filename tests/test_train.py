@@ -162,6 +162,12 @@ class SignalAt:
         if step == self._step:
             os.kill(os.getpid(), self._number)
 
+    def write_texts(self, step, texts):
+        pass
+
+    def flush(self):
+        pass
+
     def close(self):
         pass
 
@@ -565,6 +571,12 @@ def test_a_second_process_on_the_model_dir_is_refused(tiny_text, undisturbed, tm
                 before["files"] = sorted(model_dir.rglob("*"))
                 with pytest.raises(BadInput, match=rf"pid {os.getpid()} on .* trains in MODEL_DIR"):
                     tiny_run.run(tiny_text, model_dir)
+
+        def write_texts(self, step, texts):
+            pass
+
+        def flush(self):
+            pass
 
         def close(self):
             pass
