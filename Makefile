@@ -17,8 +17,9 @@ $(VENV)/ready: pyproject.toml $(wildcard constraints/*.txt)
 	$(BIN)/pip install --quiet --editable '.[data,test]' --constraint $(CONSTRAINTS)
 	touch $@
 
-train: venv  ## the tiny BLOOM on the demo corpus
+train: venv  ## the tiny BLOOM on the demo corpus, and a Hugging Face folder of it
 	$(BIN)/python -m bloomjax.train --gin_file=tiny.gin --gin.MODEL_DIR="'$(MODEL_DIR)'"
+	$(BIN)/python -m bloomjax.export --checkpoint="$(MODEL_DIR)"
 
 test: venv  ## the default suite
 	$(BIN)/python -m pytest -m 'not slow'

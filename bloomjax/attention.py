@@ -13,21 +13,27 @@ import numpy as np
 
 from bloomjax.errors import BadInput
 
+ALIBI_ROUNDINGS = ("exact", "bf16_hf")  # see alibi_scores
 _MASKED = -1e30  # finite: a row without any visible key (left padding) stays free of NaN
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+# To a value of bfloat16, in float32. Not a cast and a cast back: XLA may drop such a pair.
+_to_bf16 = functools.partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
 
 
-def alibi_slopes(num_heads: int) -> np.ndarray:
+def alibi_slopes(num_heads: int, rounding: str = "exact") -> np.ndarray:
     """ALiBi's slope of each head, float64 [H].
 
     Press et al. 2022 (arXiv 2108.12409) give 2^(-8i/n) for n a power of two. For other n BLOOM takes the slopes of
     the next lower power of two, then every second slope of the next higher one (Megatron-DeepSpeed, transformer.py).
+    For "bf16_hf" (see alibi_scores) they are powers of float32 numbers: 0.49999997 instead of 2^-1 decides ties.
     """
     if num_heads < 1:
         raise BadInput(f"num_heads must be at least 1, got {num_heads}")
     lower = 2 ** math.floor(math.log2(num_heads))
-    base = 2.0 ** (-(2.0 ** -(math.log2(lower) - 3)))
+    base_dtype = np.float64 if rounding == "exact" else np.float32
+    base = float(base_dtype(2.0 ** (-(2.0 ** -(math.log2(lower) - 3)))))
     slopes = [base**i for i in range(1, lower + 1)]
-    extra_base = 2.0 ** (-(2.0 ** -(math.log2(2 * lower) - 3)))
+    extra_base = float(base_dtype(2.0 ** (-(2.0 ** -(math.log2(2 * lower) - 3)))))
     slopes += [extra_base**i for i in range(1, 2 * (num_heads - lower), 2)]
     return np.array(slopes)
 
@@ -38,49 +44,53 @@ def alibi_scores(
     slopes_H: jax.Array,
     q_position_L: jax.Array,
     k_valid_BS: jax.Array | None = None,
+    rounding: str = "exact",
 ) -> jax.Array:
     """Masked scores before the softmax, float32 [B, H, L, S]: q.k/sqrt(K) + slope*(key - query position).
 
-    The bias is exact in float32. (BLOOM and transformers compute slope*key in bfloat16: equal up to a row constant,
-    but rounded by up to 4 at position 2048.)  Keys stand at positions 0..S-1; those after the query, and those
-    where `k_valid_BS` is False, are masked.
+    The bias is exact in float32. `rounding="bf16_hf"` is for comparisons only, with transformers in bfloat16 (and, but
+    for ties, Megatron-DeepSpeed, which trained BLOOM so): slope*(number of valid keys before), equal up to a row
+    constant, is rounded to bfloat16 and so is its sum with q.k, each by up to 4 at position 2047.
+    Keys stand at positions 0..S-1; those after the query, and those where `k_valid_BS` is False, are masked.
     """
-    scores_BHLS = jnp.einsum("BLHK,BSHK->BHLS", q_BLHK, k_BSHK, preferred_element_type=jnp.float32)
+    scores_BHLS = _dot("BLHK,BSHK->BHLS", q_BLHK, k_BSHK)
     distance_LS = jnp.arange(k_BSHK.shape[1])[None, :] - q_position_L[:, None]
-    bias_HLS = slopes_H.astype(jnp.float32)[:, None, None] * distance_LS.astype(jnp.float32)[None]
-    scores_BHLS = scores_BHLS * q_BLHK.shape[-1] ** -0.5 + bias_HLS[None]
+    if rounding == "exact":
+        bias_HLS = slopes_H[:, None, None] * distance_LS.astype(jnp.float32)[None]
+        scores_BHLS = scores_BHLS * q_BLHK.shape[-1] ** -0.5 + bias_HLS[None]
+    else:
+        valid_BS = jnp.ones((1, k_BSHK.shape[1])) if k_valid_BS is None else k_valid_BS
+        bias_BHS = _to_bf16(slopes_H[None, :, None] * (jnp.cumsum(valid_BS, axis=1) - 1.0)[:, None])
+        scores_BHLS = _to_bf16(scores_BHLS * q_BLHK.shape[-1] ** -0.5 + bias_BHS[:, :, None])
     scores_BHLS = jnp.where((distance_LS <= 0)[None, None], scores_BHLS, _MASKED)
     if k_valid_BS is not None:
         scores_BHLS = jnp.where(k_valid_BS[:, None, None, :], scores_BHLS, _MASKED)
     return scores_BHLS
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _xla_attention(keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
-    return _xla_forward(keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
+    return _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)[0]
 
 
-def _xla_forward(keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
+def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
     """`keep_scale` multiplies float32 sums: 1 / 0.9 rounded to bf16 would be 0.16 % off in every element."""
-    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, jnp.arange(q_BLHK.shape[1]))
-    p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1)
-    p_BHLS = p_BHLS.astype(v_BSHK.dtype)
+    position_L = jnp.arange(q_BLHK.shape[1])
+    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, rounding=rounding)
+    p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
     dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
-    context_BLHK = jnp.einsum(
-        "BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK, preferred_element_type=jnp.float32
-    )
-    context_BLHK = (keep_scale * context_BLHK).astype(q_BLHK.dtype)
+    context_BLHK = keep_scale * _dot("BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK)
+    context_BLHK = context_BLHK.astype(q_BLHK.dtype)
     return context_BLHK, (q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK)
 
 
-def _xla_backward(keep_scale, residuals, g_BLHK):
-    """Every matmul takes operands of the compute dtype and accumulates in float32; autodiff's would be f32 x f32."""
+def _xla_backward(_, keep_scale, residuals, g_BLHK):
+    """Straight through roundings. Matmuls take the compute dtype and sum in float32; autodiff's would be f32 x f32."""
     q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK = residuals
     dtype = q_BLHK.dtype
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
-    dv_BSHK = keep_scale * dot("BHLS,BLHK->BSHK", dropped_BHLS, g_BLHK)
-    dp_BHLS = dot("BLHK,BSHK->BHLS", g_BLHK, v_BSHK)
+    dv_BSHK = keep_scale * _dot("BHLS,BLHK->BSHK", dropped_BHLS, g_BLHK)
+    dp_BHLS = _dot("BLHK,BSHK->BHLS", g_BLHK, v_BSHK)
     if keep_BHLS is not None:
         dp_BHLS = jnp.where(keep_BHLS, keep_scale * dp_BHLS, 0)
     p_BHLS = p_BHLS.astype(jnp.float32)
@@ -88,8 +98,8 @@ def _xla_backward(keep_scale, residuals, g_BLHK):
     delta_BLH = jnp.sum(g_BLHK.astype(jnp.float32) * context_BLHK.astype(jnp.float32), axis=-1)
     ds_BHLS = p_BHLS * (dp_BHLS - jnp.moveaxis(delta_BLH, 1, 2)[..., None])
     ds_BHLS = (ds_BHLS * q_BLHK.shape[-1] ** -0.5).astype(dtype)
-    dq_BLHK = dot("BHLS,BSHK->BLHK", ds_BHLS, k_BSHK)
-    dk_BSHK = dot("BHLS,BLHK->BSHK", ds_BHLS, q_BLHK)
+    dq_BLHK = _dot("BHLS,BSHK->BLHK", ds_BHLS, k_BSHK)
+    dk_BSHK = _dot("BHLS,BLHK->BSHK", ds_BHLS, q_BLHK)
     # The slopes are constants of the architecture, the dropout mask is random: neither is differentiated.
     return (
         dq_BLHK.astype(dtype), dk_BSHK.astype(dtype), dv_BSHK.astype(dtype),
@@ -106,10 +116,11 @@ def xla_attention(
     v_BSHK: jax.Array,
     slopes_H: jax.Array,
     *,
+    rounding: str = "exact",
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal self-attention with exact ALiBi on any platform; holds the [B, H, L, S] probabilities.
+    """Causal self-attention with ALiBi on any platform; holds the [B, H, L, S] probabilities.
 
     q, k, v share one floating dtype and L = S; softmax in float32. Returns the context [B, L, H, K] in that dtype.
     """
@@ -119,7 +130,7 @@ def xla_attention(
         shape = (B, H, L, k_BSHK.shape[1])
         keep_BHLS = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
         keep_scale = 1.0 / (1.0 - dropout_rate)
-    return _xla_attention(keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)
+    return _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)
 
 
 def cached_attention(
@@ -130,17 +141,16 @@ def cached_attention(
     *,
     start: jax.Array,
     k_valid_BS: jax.Array,
+    rounding: str = "exact",
 ) -> jax.Array:
     """Attention of L new queries at positions start.. over a key/value cache of S slots; not differentiated.
 
     `k_valid_BS` is False for slots that hold padding (or nothing yet). Returns [B, L, H, K].
     """
     position_L = start + jnp.arange(q_BLHK.shape[1])
-    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS)
+    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS, rounding)
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
-    return jnp.einsum("BHLS,BSHK->BLHK", p_BHLS, v_BSHK, preferred_element_type=jnp.float32).astype(
-        q_BLHK.dtype
-    )
+    return _dot("BHLS,BSHK->BLHK", p_BHLS, v_BSHK).astype(q_BLHK.dtype)
 
 
 KERNELS: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}

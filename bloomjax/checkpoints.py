@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
@@ -23,11 +24,14 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 from bloomjax.errors import BadInput
 
 
-def _leaf_fingerprint(x: jax.Array) -> jax.Array:
-    """uint32 sum over elements of mix(bits, index): any order of summing, so any sharding, gives the same value."""
+def _leaf_fingerprint(x: jax.Array, start: Any = 0) -> jax.Array:
+    """uint32 sum over elements of mix(bits, index): any order of summing, so any sharding, gives the same value.
+
+    `start` is the index of the first element of `x`, modulo 2^32: the sums of the blocks of an array add up to its own.
+    """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    index, stride = jnp.full(x.shape, start, jnp.uint32), 1
     for d in reversed(range(x.ndim)):
         index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, d) * jnp.uint32(stride % 2**32)
         stride *= x.shape[d]
@@ -39,6 +43,14 @@ def _leaf_fingerprint(x: jax.Array) -> jax.Array:
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
     return [_leaf_fingerprint(x) for x in leaves]
+
+
+_block_fingerprint = jax.jit(_leaf_fingerprint)
+
+
+def block_fingerprint(block: np.ndarray, start: int) -> int:
+    """The part of an array's fingerprint that consecutive elements from index `start` contribute; add modulo 2^32."""
+    return int(_block_fingerprint(block, np.uint32(start % 2**32)))
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
@@ -113,31 +125,27 @@ class Checkpoints:
         """
         if step in self.manager.all_steps():
             return False
-        position = {
-            **position,
-            "step": step,
-            "arrays": _arrays(state),
-            "fingerprints": fingerprints(state),
-        }
-        # A copy, since it is written while the caller goes on.
-        position = json.loads(json.dumps(position))
-        position["checksum"] = _checksum(position)
+        position = position_of(step, position, state, fingerprints(state))
         return self.manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+                state=ocp.args.StandardSave(state, save_args=save_arguments(state)),
+                position=ocp.args.JsonSave(position),
             ),
         )
 
     def restore(
-        self, abstract_state: Any, check_position: Callable[[dict[str, Any]], None]
+        self,
+        abstract_state: Any,
+        check_position: Callable[[dict[str, Any]], None],
+        from_params: Callable[[Any], Any] | None = None,
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, on the mesh of `abstract_state`; None if there is none at all.
 
         `check_position` may refuse a checkpoint of another run by raising BadInput; one with other arrays than
-        `abstract_state` is refused too. A damaged checkpoint is put aside as `damaged-<step>` and the one before
-        is taken; BadInput if all are damaged. `problems` holds a line about each. What is no damage (no memory, no
-        permission, a file system that does not answer) is raised as it is.
+        `abstract_state` is refused too. Imported parameters become a state by `from_params`. A damaged checkpoint is
+        put aside as `damaged-<step>` and the one before is taken; BadInput if all are damaged. `problems` holds a line
+        about each. What is no damage (no memory, no permission, a file system that does not answer) is raised as it is.
         """
         steps = self.steps()[::-1]
         damaged = []
@@ -145,6 +153,9 @@ class Checkpoints:
             try:
                 position = self._restore_position(step)
                 check_position(position)
+                if is_imported(position) and from_params:
+                    params = self.restore_params(step, abstract_state.params)
+                    return from_params(params), position
                 self._check_arrays(step, abstract_state, position)
                 state = self._restore_state(step, abstract_state, position)
             except BadInput:
@@ -267,6 +278,48 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
+
+
+def is_imported(position: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds imported parameters and nothing else (checkpoint_arrays.ParamsWriter)."""
+    return "imported" in position
+
+
+def position_of(
+    step: int,
+    position: dict[str, Any],
+    tree: Any,
+    leaf_fingerprints: dict[str, int],
+    prefix: str = "",
+) -> dict[str, Any]:
+    """A copy of `position`, since it is written while the caller goes on, with what is needed to verify `tree`."""
+    arrays = {"step": step, "arrays": _arrays(tree, prefix), "fingerprints": leaf_fingerprints}
+    position = json.loads(json.dumps({**position, **arrays}))
+    position["checksum"] = _checksum(position)
+    return position
+
+
+def save_arguments(tree: Any) -> Any:
+    """How each leaf is cut into chunks: stacked layers one by one, so that a layer can be read without the others."""
+
+    def of(path, _):
+        stacked = any(getattr(key, "key", None) == "layers" for key in path)
+        return ocp.SaveArgs(shard_axes=(0,) if stacked else ())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def storage_spec(state_dir: Path, path: tuple[str, ...]) -> dict[str, Any]:
+    """TensorStore spec of one leaf below `checkpoints/<step>/state`, as Orbax 0.12 lays it out."""
+    metadata = json.loads((state_dir / "_METADATA").read_text())
+    base = {"driver": "file", "path": f"{state_dir.resolve()}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(path)}/"}
+    return {"driver": "zarr3" if metadata["use_zarr3"] else "zarr", "kvstore": kvstore}
+
+
+def leaf_name(path: tuple[str, ...]) -> str:
+    """The name of a parameter in a position, for its path."""
+    return ".params" + "".join(f"['{key}']" for key in path)
 
 
 def _is_no_damage(error: Exception) -> bool:

@@ -73,18 +73,29 @@ def run(
     call(lambda: _call(name, configurables), argv)
 
 
-def call(function: Callable[[], Any], argv: Sequence[str] | None = None) -> NoReturn:
-    """`run` for a verb that takes its input from flags alone."""
+def call(
+    function: Callable[[], Any],
+    argv: Sequence[str] | None = None,
+    own_flags: flags.FlagValues | None = None,
+) -> NoReturn:
+    """`run` for a verb that takes its input from flags alone.
+
+    `own_flags` are known while the verb runs: verbs that share names of flags can live in one process.
+    """
+    own = own_flags or flags.FlagValues()
     try:
         # Not app.run, which turns on INFO logs, Orbax's among them.
         app.define_help_flags()
-        _parse_flags(sys.argv if argv is None else argv)
+        flags.FLAGS.append_flag_values(own)
+        _parse_flags(sys.argv if argv is None else argv, own)
         result = function()
     except BadInput as error:
         # To a constructor's error gin appends lines that say where it was called.
         message = str(error).split("\n  In call to configurable")[0]
         print(f"bloomjax: {message}", file=sys.stderr)
         result = 1
+    finally:
+        flags.FLAGS.remove_flag_values(own)
     sys.exit(result if isinstance(result, int) else 0)
 
 
@@ -198,7 +209,7 @@ def _shipped() -> list[str]:
     return sorted(path.relative_to(gin_dir()).as_posix() for path in gin_dir().rglob("*.gin"))
 
 
-def _parse_flags(argv: Sequence[str]) -> None:
+def _parse_flags(argv: Sequence[str], own: flags.FlagValues) -> None:
     arguments = []
     for argument in argv:
         if argument.startswith("--gin."):
@@ -207,13 +218,14 @@ def _parse_flags(argv: Sequence[str]) -> None:
                 raise BadInput(f"gin: {argument} has no value; write {argument}=VALUE")
             argument = f"--gin_bindings={name} = {value}"
         arguments.append(argument)
-    for flag in (_GIN_FILE, _GIN_BINDINGS):
-        flags.FLAGS[flag.name].unparse()  # else a second run in one process adds to the first
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # for --help
+    for name in (_GIN_FILE.name, _GIN_BINDINGS.name, *own):
+        flags.FLAGS[name].unparse()  # else a second run in one process adds to the first
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # for --help
     try:
         rest = flags.FLAGS(arguments)[1:]
     except flags.Error as error:
         raise BadInput(str(error)) from None
+    own.mark_as_parsed()
     if rest:
         raise BadInput(f"unexpected argument {rest[0]!r}; gin files are given as --gin_file=FILE")
 

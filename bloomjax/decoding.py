@@ -5,6 +5,7 @@ are masked. Dimension key: B prompts, P prompt slots, S cache slots, V vocabular
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,15 @@ from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
 
 
-def sample_token(
-    logits_BV: jax.Array, key: jax.Array, *, temperature: float, top_k: int, top_p: float
+def filter_logits(
+    logits_BV: jax.Array, *, temperature: float, top_k: int, top_p: float
 ) -> jax.Array:
-    """The next token of each row, int32 [B].
+    """Logits [B, V] of the distribution that a token is drawn from: -inf for what cannot be drawn.
 
-    temperature 0 takes the likeliest. top_k > 0 keeps the k likeliest; top_p < 1 keeps the smallest set of likeliest
-    tokens whose probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751), always at least one; top_k goes
-    first. Tokens as likely as the last one kept are kept, too.
+    Divided by the temperature (> 0) first. Then top_k > 0 keeps the k likeliest; then top_p < 1 keeps the smallest set
+    of likeliest tokens whose probability reaches top_p (Holtzman et al. 2020, arXiv 1904.09751), always at least one.
+    Tokens as likely as the last one kept are kept, too. The order is that of transformers.
     """
-    if temperature == 0.0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / temperature
     if top_k > 0:
         kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
@@ -35,7 +34,41 @@ def sample_token(
         before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # probability of the likelier ones
         last_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
+    return logits_BV
+
+
+def sample_token(
+    logits_BV: jax.Array, key: jax.Array, *, temperature: float, top_k: int, top_p: float
+) -> jax.Array:
+    """The next token of each row, int32 [B]: drawn from `filter_logits`, or the likeliest at temperature 0."""
+    if temperature == 0.0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = filter_logits(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+
+
+def pad_left(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens [B, P], the shorter prompts with zeros on the left, and where they are tokens, bool [B, P]."""
+    longest = max(map(len, prompts))
+    tokens_BP = np.zeros((len(prompts), longest), np.int32)
+    valid_BP = np.zeros((len(prompts), longest), bool)
+    for row, prompt in enumerate(prompts):
+        tokens_BP[row, longest - len(prompt) :] = prompt
+        valid_BP[row, longest - len(prompt) :] = True
+    return tokens_BP, valid_BP
+
+
+def next_logits(model: Bloom, variables, tokens_BL, start, k_valid_BS) -> tuple[jax.Array, Any]:
+    """float32 logits [B, V] after the last of `tokens_BL`, and the cache with them in slots `start`.. of S.
+
+    `variables` holds "params" and, from the second call on, the "cache" of the call before. `k_valid_BS` is False for
+    slots of padding; those that are not written yet may be True.
+    """
+    x_BLD, updated = model.apply(
+        variables, tokens_BL, start=start, k_valid_BS=k_valid_BS, mutable=["cache"]
+    )
+    logits_B1V: Any = model.apply(variables, x_BLD[:, -1:], method="logits")
+    return logits_B1V[:, 0], updated["cache"]
 
 
 @functools.partial(
@@ -49,15 +82,7 @@ def _generate(
     B, P = tokens_BP.shape
     k_valid_BS = jnp.pad(valid_BP, ((0, 0), (0, max_new_tokens)), constant_values=True)
     sample = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    def forward(tokens, start, variables):
-        x, updated = model.apply(
-            variables, tokens, start=start, k_valid_BS=k_valid_BS, mutable=["cache"]
-        )
-        logits_B1V = model.apply(variables, x[:, -1:], method="logits")
-        return logits_B1V[:, 0], updated["cache"]
-
-    logits_BV, cache = forward(tokens_BP, 0, {"params": params})
+    logits_BV, cache = next_logits(model, {"params": params}, tokens_BP, 0, k_valid_BS)
     out_BN = jnp.full((B, max_new_tokens), eos_id, jnp.int32)
 
     def more(carry):
@@ -69,7 +94,8 @@ def _generate(
         token_B = sample(logits_BV, jax.random.fold_in(key, number))
         token_B = jnp.where(done_B, eos_id, token_B)
         out_BN = jax.lax.dynamic_update_slice(out_BN, token_B[:, None], (0, number))
-        logits_BV, cache = forward(token_B[:, None], P + number, {"params": params, "cache": cache})
+        variables = {"params": params, "cache": cache}
+        logits_BV, cache = next_logits(model, variables, token_B[:, None], P + number, k_valid_BS)
         return number + 1, logits_BV, cache, out_BN, done_B | (token_B == eos_id)
 
     carry = (jnp.zeros((), jnp.int32), logits_BV, cache, out_BN, jnp.zeros((B,), bool))
@@ -102,12 +128,7 @@ def generate(
     vocab_size = model.config.vocab_size
     if not all(0 <= token < vocab_size for prompt in prompts for token in prompt):
         raise BadInput(f"a prompt has token ids outside [0, {vocab_size})")
-    longest = max(map(len, prompts))
-    tokens_BP = np.zeros((len(prompts), longest), np.int32)
-    valid_BP = np.zeros((len(prompts), longest), bool)
-    for row, prompt in enumerate(prompts):
-        tokens_BP[row, longest - len(prompt) :] = prompt
-        valid_BP[row, longest - len(prompt) :] = True
+    tokens_BP, valid_BP = pad_left(prompts)
     out_BN = _generate(
         model, params, tokens_BP, valid_BP, jax.random.key(seed), max_new_tokens=max_new_tokens,
         eos_id=eos_id, temperature=float(temperature), top_k=int(top_k), top_p=float(top_p),

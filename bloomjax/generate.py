@@ -1,55 +1,44 @@
 """Text from a trained model: `python -m bloomjax.generate --checkpoint=MODEL_DIR --prompt="..."`."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-import jax
 from absl import flags
 
-from bloomjax import config, decoding, partitioning
-from bloomjax.checkpoints import Checkpoints
+from bloomjax import config, decoding
 from bloomjax.errors import BadInput
-from bloomjax.model import Bloom
+from bloomjax.model_dir import open_model_dir
 from bloomjax.startup import use_compilation_cache
-from bloomjax.train_step import abstract_params
-from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "MODEL_DIR of a run.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint of this step; the newest by default.")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with a prompt on each line.")
+_FLAGS = flags.FlagValues()
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "MODEL_DIR of a run.", flag_values=_FLAGS)
+_STEP = flags.DEFINE_integer(
+    "step", None, "Checkpoint of this step; the newest by default.", flag_values=_FLAGS
+)
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "Text to continue; may be given several times.", flag_values=_FLAGS
+)
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "File with a prompt on each line.", flag_values=_FLAGS
+)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length",
     None,
     "Tokens of prompt and text together; those of a training sequence by default.",
+    flag_values=_FLAGS,
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens up to this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
-
-
-def load_model(model_dir: Path, step: int | None) -> tuple[Bloom, dict, Vocabulary, int]:
-    """Model, float32 parameters on one device, vocabulary and training sequence length of a run.
-
-    Raises BadInput if the folder is no MODEL_DIR, has no such step, or the checkpoint is damaged.
-    """
-    if not (model_dir / "config.gin").is_file():
-        raise BadInput(f"{model_dir} is no MODEL_DIR of a run: it has no config.gin")
-    model = config.build("train.model", model_dir / "config.gin")
-    checkpoints = Checkpoints(save_every_steps=1)
-    checkpoints.open(model_dir / "checkpoints", read_only=True)
-    position = checkpoints.read_position(step)
-    mesh = partitioning.MeshShape(1, 1, 1).build(jax.devices()[:1])
-    params = checkpoints.restore_params(position["step"], abstract_params(model, mesh))
-    checkpoints.close()
-    files = sorted((model_dir / "vocabulary").glob("*"))
-    if len(files) != 1:
-        raise BadInput(f"{model_dir}/vocabulary should hold one file, it holds {len(files)}")
-    vocabulary, data = open_vocabulary(files[0]), position["data"]
-    if vocabulary.fingerprint != data["vocabulary"]:
-        raise BadInput(f"{files[0]} is not the vocabulary that {model_dir} was trained with")
-    return model, params, vocabulary, data["sequence_length"]
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0 takes the likeliest token.", flag_values=_FLAGS
+)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "Keep the k likeliest tokens; 0 keeps all.", flag_values=_FLAGS
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Keep the likeliest tokens up to this probability.", flag_values=_FLAGS
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=_FLAGS)
 
 
 def read_prompts() -> list[str]:
@@ -72,7 +61,12 @@ def generate() -> int:
         raise BadInput("give --checkpoint=MODEL_DIR")
     prompts = read_prompts()
     use_compilation_cache()
-    model, params, vocabulary, sequence_length = load_model(Path(_CHECKPOINT.value), _STEP.value)
+    trained = open_model_dir(Path(_CHECKPOINT.value), _STEP.value)
+    vocabulary, sequence_length = trained.vocabulary, trained.sequence_length
+    if vocabulary is None:
+        raise BadInput(
+            f"{trained.path} was imported without a tokenizer, so no text can be generated"
+        )
     max_length = sequence_length if _MAX_LENGTH.value is None else _MAX_LENGTH.value
     encoded = [vocabulary.encode(prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -89,7 +83,7 @@ def generate() -> int:
             file=sys.stderr,
         )
     texts = decoding.generate(
-        model, params, encoded, max_new_tokens=max_length - min(map(len, encoded)),
+        trained.model, trained.read_params(), encoded, max_new_tokens=max_length - min(map(len, encoded)),
         eos_id=vocabulary.eos_id, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
         top_p=_TOP_P.value, seed=_SEED.value,
     )  # fmt: skip
@@ -98,5 +92,10 @@ def generate() -> int:
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command, also with the arguments of a test."""
+    config.call(generate, argv, _FLAGS)
+
+
 if __name__ == "__main__":
-    config.call(generate)
+    main()

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from bloomjax import partitioning
-from bloomjax.attention import alibi_slopes, cached_attention, get_kernel
+from bloomjax.attention import ALIBI_ROUNDINGS, alibi_slopes, cached_attention, get_kernel
 from bloomjax.errors import BadInput
 from bloomjax.partitioning import constrain_activation
 
@@ -45,6 +45,7 @@ class BloomConfig:
       init_std: of all matrices; the two that write to the residual stream use init_std / sqrt(2 num_layers).
       hidden_dropout_rate: on the embedding and on both residual branches. attention_dropout_rate: on the probabilities.
       attention_kernel: a name of attention.KERNELS.
+      alibi_rounding: "exact", or "bf16_hf" for comparisons with transformers in bfloat16 (see attention.alibi_scores).
       remat_policy: a name of REMAT_POLICIES.
       scan_layers: compile one layer and loop over it; False unrolls (faster steps, slower compile). Same parameters.
       expected_params: refused if the parameter count differs; None does not check.
@@ -63,19 +64,14 @@ class BloomConfig:
     hidden_dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     attention_kernel: str = "xla"
+    alibi_rounding: str = "exact"
     remat_policy: str = "none"
     scan_layers: bool = True
     expected_params: int | None = None
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "emb_dim",
-            "num_heads",
-            "mlp_dim",
-            "num_tokens_in_vocab",
-        ):
+        sizes = "vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim"
+        for name in (*sizes, "num_tokens_in_vocab"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1, got {value}")
@@ -93,15 +89,15 @@ class BloomConfig:
                 f"num_heads={self.num_heads} does not divide emb_dim={self.emb_dim}; near it "
                 f"{' and '.join(map(str, sorted(near)))} do"
             )
-        if self.remat_policy not in REMAT_POLICIES:
-            there = ", ".join(REMAT_POLICIES)
-            raise BadInput(f"no remat_policy {self.remat_policy!r}; there are: {there}")
+        for name, there in (("remat_policy", REMAT_POLICIES), ("alibi_rounding", ALIBI_ROUNDINGS)):
+            if getattr(self, name) not in there:
+                raise BadInput(f"no {name} {getattr(self, name)!r}; there are: {', '.join(there)}")
         if self.dtype not in ("bfloat16", "float32"):
             raise BadInput(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        if self.alibi_rounding == "bf16_hf" and self.dtype != "bfloat16":
+            raise BadInput(f"alibi_rounding='bf16_hf' needs dtype='bfloat16', got {self.dtype!r}")
         if self.mask_padding_vocab and self.num_tokens_in_vocab is None:
-            raise BadInput(
-                "mask_padding_vocab needs num_tokens_in_vocab, the number of real tokens"
-            )
+            raise BadInput("mask_padding_vocab needs num_tokens_in_vocab, how many tokens are real")
         get_kernel(self.attention_kernel)
 
     @property
@@ -325,11 +321,11 @@ class Block(nn.Module):
 
     def _attend(self, q_BLHK, k_BLHK, v_BLHK, start, k_valid_BS):
         c = self.config
-        slopes_H = jnp.asarray(alibi_slopes(c.num_heads), jnp.float32)
+        slopes_H = jnp.asarray(alibi_slopes(c.num_heads, c.alibi_rounding), jnp.float32)
         if k_valid_BS is None:
             rate = 0.0 if self.deterministic else c.attention_dropout_rate
             return get_kernel(c.attention_kernel)(
-                q_BLHK, k_BLHK, v_BLHK, slopes_H, dropout_rate=rate,
+                q_BLHK, k_BLHK, v_BLHK, slopes_H, rounding=c.alibi_rounding, dropout_rate=rate,
                 dropout_rng=self.make_rng("dropout") if rate else None,
             )  # fmt: skip
         B, _, H, K = k_BLHK.shape
@@ -339,8 +335,9 @@ class Block(nn.Module):
         keys.value = jax.lax.dynamic_update_slice(keys.value, k_BLHK, (0, start, 0, 0))
         values.value = jax.lax.dynamic_update_slice(values.value, v_BLHK, (0, start, 0, 0))
         return cached_attention(
-            q_BLHK, keys.value, values.value, slopes_H, start=start, k_valid_BS=k_valid_BS
-        )
+            q_BLHK, keys.value, values.value, slopes_H, start=start, k_valid_BS=k_valid_BS,
+            rounding=c.alibi_rounding,
+        )  # fmt: skip
 
 
 class Bloom(nn.Module):
@@ -351,9 +348,8 @@ class Bloom(nn.Module):
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
-        self.embedding_VD: Any = self.param(
-            "embedding", init, (c.vocab_size, c.emb_dim), jnp.float32
-        )
+        shape = (c.vocab_size, c.emb_dim)
+        self.embedding_VD: Any = self.param("embedding", init, shape, jnp.float32)
         self.embedding_norm = LayerNorm(c.layer_norm_epsilon)
         self.final_norm = LayerNorm(c.layer_norm_epsilon)
 

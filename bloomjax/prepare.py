@@ -51,8 +51,9 @@ def prepare(
     Args:
       task_module: module that registers it, such as 'bloomjax.tasks.demo'.
       mixture_or_task_name: its name; each Task is one language of the store.
-      vocabulary_path: a SentencePiece .model or a tokenizer.json. Where there is none, a
-        SentencePiece vocabulary is trained on the text that is not held out, and written here.
+      vocabulary_path: a SentencePiece .model or a tokenizer.json. Where there is none, it is
+        trained on the text that is not held out: SentencePiece for a name that ends in .model,
+        byte-level BPE as BLOOM's for one in .json.
       vocab_size: number of tokens of the vocabulary to train; one that exists may have up to
         1,023 fewer, for a model whose vocabulary was rounded up.
       store_dir: the store to make.
@@ -66,29 +67,31 @@ def prepare(
     token_store.check_holdout_fraction(holdout_fraction)
     if text_dir is not None and _is_inside(store_dir, text_dir):
         raise BadInput(f"the store {store_dir} must lie outside the folder of the text {text_dir}")
-    tasks = _find_tasks(task_module, mixture_or_task_name, text_dir)
-    languages = [_Language.of(task) for task in tasks]
+    languages = find_languages(task_module, mixture_or_task_name, text_dir)
     if token_store.store_exists(store_dir):
         vocab = _open_vocabulary(vocabulary_path, vocab_size)
         store = TokenStore(store_dir)
         _check_up_to_date(store, languages, vocab, holdout_fraction)
         _say(f"{store_dir} is up to date, nothing to do: {_summary(store)}")
         return
-    has_vocabulary = os.path.exists(vocabulary_path)
-    if not has_vocabulary and not vocabulary_path.endswith(".model"):  # before hours of reading
-        raise BadInput(
-            f"there is no vocabulary {vocabulary_path}; a new one is trained as a SentencePiece .model"
-        )
-    languages = [language.counted() for language in languages]
-    _check_num_documents(languages)
-    if has_vocabulary:
+    train_vocabulary = None
+    if not os.path.exists(vocabulary_path):
+        suffix = Path(vocabulary_path).suffix
+        train_vocabulary = vocabulary.TRAINERS.get(suffix)
+        if train_vocabulary is None:
+            raise BadInput(
+                f"there is no vocabulary {vocabulary_path}; to train one, give it a name that ends in "
+                f".model (SentencePiece) or .json (byte-level BPE)"
+            )
+        vocabulary.check_new_vocabulary(Path(vocabulary_path), suffix, vocab_size)
+    languages = count_documents(languages)
+    if train_vocabulary is None:
         vocab = _open_vocabulary(vocabulary_path, vocab_size)
-        _say(f"vocabulary {vocabulary_path}: {vocab.size:,} tokens")
     else:
         _say(f"training a vocabulary of {vocab_size:,} tokens on {len(languages)} languages")
-        texts = _training_texts(languages, holdout_fraction)
-        vocab = vocabulary.train_sentencepiece(texts, vocabulary_path, vocab_size)
-        _say(f"vocabulary {vocabulary_path}: {vocab.size:,} tokens")
+        texts = training_texts(languages, holdout_fraction)
+        vocab = train_vocabulary(texts, vocabulary_path, vocab_size)
+    _say(f"vocabulary {vocabulary_path}: {vocab.size:,} tokens")
     store = _write_store(store_dir, languages, vocab, holdout_fraction)
     seconds = time.monotonic() - start_seconds
     _say(f"{store_dir}: {_summary(store)}, {seconds:.1f} seconds")
@@ -111,7 +114,7 @@ def import_seqio() -> types.ModuleType:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Language:
+class Language:
     """A Task, seen as a language of the store. Numbers are 0 before `counted`."""
 
     label: str
@@ -121,7 +124,7 @@ class _Language:
     num_skipped_documents: int = 0
 
     @classmethod
-    def of(cls, task: Any) -> "_Language":
+    def of(cls, task: Any) -> "Language":
         """Reads the files of a Task of bloomjax.tasks; other Tasks have no files."""
         text = getattr(task.source, "language_text", None)
         if text is None:
@@ -163,7 +166,7 @@ class _Language:
         text = getattr(self.task.source, "language_text", None)
         return self.documents() if text is None else text.documents()
 
-    def counted(self) -> "_Language":
+    def counted(self) -> "Language":
         """The same with the numbers of its documents; all of the text is read and checked."""
         num_documents = num_skipped = 0
         with contextlib.closing(self.documents_of_files()) as documents:
@@ -177,8 +180,12 @@ class _Language:
         )
 
 
-def _find_tasks(task_module: str, name: str, text_dir: str | None) -> Sequence[Any]:
-    """The Tasks of a Mixture, or the Task, called `name`."""
+def find_languages(task_module: str, name: str, text_dir: str | None) -> list[Language]:
+    """The Tasks of a Mixture, or the Task, called `name`; arguments as `prepare`.
+
+    Raises:
+      BadInput: there is no such module, Mixture or Task, or it has no text.
+    """
     seqio = import_seqio()
     try:
         module = importlib.import_module(task_module)
@@ -204,10 +211,16 @@ def _find_tasks(task_module: str, name: str, text_dir: str | None) -> Sequence[A
         if "text" not in task.output_features:
             features = ", ".join(task.output_features)
             raise BadInput(f"{task.name} has no feature 'text' of raw text; it has: {features}")
-    return tasks
+    return [Language.of(task) for task in tasks]
 
 
-def _check_num_documents(languages: Sequence[_Language]) -> None:
+def count_documents(languages: Sequence[Language]) -> list[Language]:
+    """The same with the numbers of their documents; all of the text is read and checked.
+
+    Raises:
+      BadInput: the text is damaged, or a language has fewer than 2 documents.
+    """
+    languages = [language.counted() for language in languages]
     few = [language for language in languages if language.num_documents < 2]
     if few:
         numbers = ", ".join(f"'{language.label}' has {language.num_documents}" for language in few)
@@ -215,10 +228,11 @@ def _check_num_documents(languages: Sequence[_Language]) -> None:
             f"each language needs 2 documents, one to train and one to validate; {numbers} "
             f"(in a .txt file a blank line ends a document)"
         )
+    return languages
 
 
-def _training_texts(languages: Sequence[_Language], holdout_fraction: float) -> Iterator[str]:
-    """The documents with text that are not held out, of all languages."""
+def training_texts(languages: Sequence[Language], holdout_fraction: float) -> Iterator[str]:
+    """The documents with text that are not held out, of all languages, which are counted."""
     for language in languages:
         num_held_out = token_store.num_holdout_documents(language.num_documents, holdout_fraction)
         with contextlib.closing(language.documents_of_files()) as documents:
@@ -227,7 +241,7 @@ def _training_texts(languages: Sequence[_Language], holdout_fraction: float) -> 
 
 
 def _write_store(
-    store_dir: str, languages: Sequence[_Language], vocab: Vocabulary, holdout_fraction: float
+    store_dir: str, languages: Sequence[Language], vocab: Vocabulary, holdout_fraction: float
 ) -> TokenStore:
     for leftover in sorted(Path(store_dir).parent.glob(f"{Path(store_dir).name}.partial-*")):
         _say(f"{leftover} is of a run that was killed, or still works; nothing reads it")
@@ -254,7 +268,7 @@ def _write_store(
 
 
 def _check_up_to_date(
-    store: TokenStore, languages: Sequence[_Language], vocab: Vocabulary, holdout_fraction: float
+    store: TokenStore, languages: Sequence[Language], vocab: Vocabulary, holdout_fraction: float
 ) -> None:
     """Raises BadInput that says in what an existing store differs from what is asked for."""
     differences = []
@@ -283,7 +297,7 @@ def _check_up_to_date(
         )
 
 
-def _same_text(store: TokenStore, language: _Language) -> bool:
+def _same_text(store: TokenStore, language: Language) -> bool:
     entry = store.manifest["languages"][language.label]
     if language.files:
         then = [(source["num_bytes"], source["sha256"]) for source in entry["sources"]]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import bloomjax
 from bloomjax import decoding, flops
-from bloomjax.checkpoints import Checkpoints
+from bloomjax.checkpoints import Checkpoints, is_imported
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
@@ -23,7 +23,7 @@ from bloomjax.health import EXIT_RESTART
 from bloomjax.metrics import Journal, MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
 from bloomjax.schedules import BatchSchedule, CosineSchedule
-from bloomjax.train_step import TrainState
+from bloomjax.train_step import Batch, TrainState
 from bloomjax.vocabulary import Vocabulary
 
 
@@ -72,6 +72,8 @@ class Run:
         self._num_devices = mesh.devices.size
         self._device_kind = mesh.devices.flat[0].device_kind
         self._clock = time.monotonic()
+        self._origin = "starts"
+        self._was_done = False
         self._progress: Progress | None = None  # on the main process, while there are steps to do
         if jax.process_count() > 1:
             raise BadInput("training on several hosts is not supported yet")
@@ -107,7 +109,8 @@ class Run:
     def _check_position(self, position: dict[str, Any]) -> None:
         for kind, mine in self._identity().items():
             theirs = position[kind]
-            changed = [name for name in mine if mine[name] != theirs.get(name)]
+            names = [n for n in mine if n in theirs] if is_imported(position) else mine
+            changed = [name for name in names if mine[name] != theirs.get(name)]
             if changed:
                 was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
                 now = ", ".join(f"{n}={_brief(mine[n])}" for n in changed)
@@ -122,15 +125,22 @@ class Run:
                 f"says {self._batch_schedule.samples_after(step)}"
             )
 
-    def restore(self, abstract: TrainState) -> TrainState | None:
+    def restore(
+        self, abstract: TrainState, from_params: Callable[[Any], TrainState]
+    ) -> TrainState | None:
+        """The state to go on from; None to start anew. `from_params` makes one of imported parameters."""
         self._checkpoints.open(self.model_dir / "checkpoints")
-        restored = self._checkpoints.restore(abstract, self._check_position)
+        restored = self._checkpoints.restore(abstract, self._check_position, from_params)
         for problem in self._checkpoints.problems:
             self._journal.write("damaged_checkpoint", problem=problem)
         state = None
         if restored is not None:
             state, position = restored
             self.step = position["step"]
+            if is_imported(position):
+                self._origin = f"starts from {position['imported']['source']}"
+                self._metrics.resume_after(-1)
+                return state
         self._metrics.resume_after(self.step if state else -1)
         last = self._metrics.last()
         if state and (not last or last["step"] < self.step or self._lacks_evaluation(last)):
@@ -166,7 +176,7 @@ class Run:
         )
         for line in filled:
             print(line)
-        start = f"goes on after step {self.step}" if self.step else "starts"
+        start = f"goes on after step {self.step}" if self.step else self._origin
         print(f"{self.model_dir}: {start}, {self._num_steps} steps in all", flush=True)
         self._progress = Progress(self.step, self._num_steps)
 
@@ -281,13 +291,7 @@ class Run:
         self._complete()
         record = self._pending or self._record()
         started = time.monotonic()
-        losses: dict[str, list[float]] = {}
-        for languages, batch in batches:
-            row_losses = np.asarray(eval_step(params, batch))
-            for language, loss in zip(languages, row_losses[: len(languages)], strict=True):
-                losses.setdefault(language, []).append(float(loss))
-        record["loss_by_language"] = {name: float(np.mean(x)) for name, x in sorted(losses.items())}
-        record["validation_loss"] = float(np.mean([x for part in losses.values() for x in part]))
+        record |= held_out_losses(eval_step, params, batches)
         self._clock += time.monotonic() - started
         self._pending = record
 
@@ -325,6 +329,21 @@ class Run:
             )
 
 
+def held_out_losses(
+    eval_step: Callable[..., Any], params: Any, batches: Iterable[tuple[list[str], Batch]]
+) -> dict[str, Any]:
+    """`loss_by_language` and `validation_loss` (the mean over all windows) in nats a token, of EvalData's batches."""
+    losses: dict[str, list[float]] = {}
+    for languages, batch in batches:
+        row_losses = np.asarray(eval_step(params, batch))
+        for language, loss in zip(languages, row_losses[: len(languages)], strict=True):
+            losses.setdefault(language, []).append(float(loss))
+    return {
+        "loss_by_language": {name: float(np.mean(x)) for name, x in sorted(losses.items())},
+        "validation_loss": float(np.mean([x for part in losses.values() for x in part])),
+    }
+
+
 def print_losses(metrics: MetricsFile) -> None:
     """Held-out loss by language, first and last, in columns."""
     found = metrics.first_and_last_with("loss_by_language")
@@ -336,11 +355,16 @@ def print_losses(metrics: MetricsFile) -> None:
     cells = [
         f"{name:<16}{before.get(name, float('nan')):6.2f} -> {after[name]:5.2f}" for name in after
     ]
+    print_columns(cells)
+    then, now = first["validation_loss"], last["validation_loss"]
+    print(f"all languages: {then:.3f} -> {now:.3f} ({1 - now / then:.0%} lower)")
+
+
+def print_columns(cells: Sequence[str]) -> None:
+    """Three columns, read downwards."""
     rows = -(-len(cells) // 3)
     for row in range(rows):
         print("   ".join(cells[row::rows]))
-    then, now = first["validation_loss"], last["validation_loss"]
-    print(f"all languages: {then:.3f} -> {now:.3f} ({1 - now / then:.0%} lower)")
 
 
 def sample_texts(

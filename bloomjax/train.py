@@ -32,6 +32,7 @@ from bloomjax.train_step import (
     init_state,
     make_eval_step,
     make_train_step,
+    state_of,
 )
 
 
@@ -101,7 +102,8 @@ def train(
 
     # ---- abstract state, shardings, programs ----
     abstract = abstract_state(model, optimizer, device_mesh)
-    init, train_step, eval_step = jit_programs(model, optimizer, step, device_mesh, abstract)
+    programs = jit_programs(model, optimizer, step, device_mesh, abstract)
+    init, from_params, train_step, eval_step = programs
 
     # ---- restore, loop ----
     with Run(
@@ -109,7 +111,7 @@ def train(
         batch_schedule=batch_schedule, learning_rate=learning_rate, data=data, mesh=device_mesh,
         checkpoints=checkpoints, writer=writer, config_text=config.operative_config(),
     ) as run:  # fmt: skip
-        state = run.restore(abstract)
+        state = run.restore(abstract, from_params)
         if state is None:
             state = init(seed)
         run.announce(state, filled)
@@ -157,18 +159,22 @@ def jit_programs(
     step: StepOptions,
     mesh: Mesh,
     abstract: TrainState,
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """init(seed), train_step (gives its state away) and eval_step, with the shardings of `abstract`."""
+) -> tuple[Callable[..., Any], ...]:
+    """init(seed), from_params (imported ones), train_step and eval_step, with the shardings of `abstract`; from_params
+    and train_step take their first argument away."""
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
     replicated = NamedSharding(mesh, PartitionSpec())
     init = jax.jit(functools.partial(init_state, model, optimizer), out_shardings=state_shardings)
+    from_params = jax.jit(
+        functools.partial(state_of, optimizer), donate_argnums=0, out_shardings=state_shardings
+    )
     train_step = jax.jit(
         make_train_step(model, optimizer, step, mesh),
         donate_argnums=0,
         out_shardings=(state_shardings, replicated),
     )
     eval_step = jax.jit(make_eval_step(model, step), out_shardings=replicated)
-    return init, train_step, eval_step
+    return init, from_params, train_step, eval_step
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ def init_state(model: Bloom, optimizer: optax.GradientTransformation, seed: int)
     """
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     params = nn.unbox(model.init(jax.random.key(seed), tokens_BL))["params"]
+    return state_of(optimizer, params)
+
+
+def state_of(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state before step 1 with these parameters."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

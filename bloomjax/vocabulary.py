@@ -30,6 +30,10 @@ _NOT_IN_PIECES = re.compile("[\n\r\t\0\u2581]+")
 # The trainer keeps a line in memory as a whole and drops the ones above its limit.
 _MAX_TRAINING_LINE_CHARACTERS = 4096
 _NUM_FIXED_PIECES = 4 + 256
+_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
+# How BLOOM's tokenizer.json (huggingface.co/bigscience/bloom) cuts a text before pieces are made: a word with the
+# space before it, and what is between words. A class within a class: Python's `re` reads it as something else.
+_BLOOM_WORD = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
 class Vocabulary(Protocol):
@@ -93,12 +97,16 @@ class SentencePieceVocabulary:
         _check_special_ids(
             self.path, model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()
         )
-        mark_bytes = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode()]
-        self._mark_ids = [model.piece_to_id(piece) for piece in mark_bytes]
-        if not all(model.is_byte(i) for i in self._mark_ids):
+        self._byte_ids = [model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        if not all(map(model.is_byte, self._byte_ids)):
             raise BadInput(
                 f"{self.path} has no byte fallback: it would lose the characters it does not know"
             )
+        # SentencePiece would make U+2581 and, where no piece stands for a space, the space the same bytes.
+        has_space = model.piece_to_id(_SPACE_MARK) != UNK_ID
+        self._not_for_the_model = re.compile(
+            f"({_SPACE_MARK})" if has_space else f"([ {_SPACE_MARK}])"
+        )
 
     @property
     def size(self) -> int:
@@ -107,18 +115,16 @@ class SentencePieceVocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without `<s>` and `</s>`."""
-        if _SPACE_MARK not in text:
-            return self._model.encode(text)
-        parts = text.split(_SPACE_MARK)
-        ids = self._model.encode(parts[0])
-        for part in parts[1:]:
-            ids += self._mark_ids
+        first, *rest = self._not_for_the_model.split(text)
+        ids = self._model.encode(first)
+        for character, part in zip(rest[::2], rest[1::2], strict=True):
+            ids += [self._byte_ids[byte] for byte in character.encode()]
             ids += self._model.encode(part)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts, on all cores."""
-        if any(_SPACE_MARK in text for text in texts):
+        if any(map(self._not_for_the_model.search, texts)):
             return [self.encode(text) for text in texts]
         return self._model.encode(list(texts), num_threads=-1)
 
@@ -150,8 +156,8 @@ class ByteLevelBPEVocabulary:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # tokenizers raises bare Exception
             raise BadInput(f"{self.path} is not a tokenizer.json: {_one_line(error)}") from None
-        names = ("<unk>", "<s>", "</s>", "<pad>")
-        _check_special_ids(self.path, *(self._tokenizer.token_to_id(name) for name in names))
+        found = (self._tokenizer.token_to_id(name) for name in _SPECIAL_TOKENS)
+        _check_special_ids(self.path, *found)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -218,22 +224,12 @@ def train_sentencepiece(
       BadInput: the file exists, there is no text, or `vocab_size` does not suit the text.
     """
     path = Path(path)
-    if path.suffix != ".model":
-        raise BadInput(f"the name of a SentencePiece vocabulary must end in .model: {path}")
-    if vocab_size <= _NUM_FIXED_PIECES:
-        raise BadInput(
-            f"VOCAB_SIZE {vocab_size} is too small: 4 special tokens and 256 bytes come first"
-        )
-    if path.exists():
-        raise BadInput(f"{path} exists already and is not overwritten")
-    lines = _training_lines(texts)
-    first = next(lines, None)
-    if first is None:
-        raise BadInput(f"there is no text to train the vocabulary {path} on")
+    check_new_vocabulary(path, ".model", vocab_size)
+    lines = _not_empty(_training_lines(texts), path)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain([first], lines),
+            sentence_iterator=lines,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -258,6 +254,69 @@ def train_sentencepiece(
     return SentencePieceVocabulary(path)
 
 
+def train_byte_level_bpe(
+    texts: Iterable[str], path: str | os.PathLike[str], vocab_size: int
+) -> ByteLevelBPEVocabulary:
+    """Trains a byte-level BPE vocabulary as BLOOM's, writes it to `path` and opens it.
+
+    The same texts give the same bytes. Nothing is normalised; a piece is part of one word with the
+    space before it, or of what is between words.
+
+    Args:
+      texts: documents; the trainer holds their distinct words in memory.
+      path: the `.json` file to write; it must not exist.
+      vocab_size: number of token ids, the 4 special ids and 256 bytes included.
+
+    Raises:
+      BadInput: the file exists, there is no text, or too little for `vocab_size` tokens.
+    """
+    path = Path(path)
+    check_new_vocabulary(path, ".json", vocab_size)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(_BLOOM_WORD), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL_TOKENS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_not_empty((text for text in texts if text), path), trainer)
+    num_tokens = tokenizer.get_vocab_size()
+    if num_tokens < vocab_size:
+        raise _too_large(vocab_size, num_tokens)
+    write_whole(path, tokenizer.to_str(pretty=True).encode())
+    return ByteLevelBPEVocabulary(path)
+
+
+# By the ending of the file, as `open_vocabulary` tells them apart.
+TRAINERS = {".model": train_sentencepiece, ".json": train_byte_level_bpe}
+
+
+def check_new_vocabulary(path: Path, suffix: str, vocab_size: int) -> None:
+    """Raises BadInput where the trainer for `suffix` would before it reads any text."""
+    if path.suffix != suffix:
+        kind = {".model": "SentencePiece", ".json": "byte-level BPE"}[suffix]
+        raise BadInput(f"the name of a {kind} vocabulary must end in {suffix}: {path}")
+    if vocab_size <= _NUM_FIXED_PIECES:
+        raise BadInput(
+            f"VOCAB_SIZE {vocab_size} is too small: 4 special tokens and 256 bytes come first"
+        )
+    if path.exists():
+        raise BadInput(f"{path} exists already and is not overwritten")
+
+
+def _not_empty(texts: Iterator[str], path: Path) -> Iterator[str]:
+    first = next(texts, None)
+    if first is None:
+        raise BadInput(f"there is no text to train the vocabulary {path} on")
+    return itertools.chain([first], texts)
+
+
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in _NOT_IN_PIECES.split(text):
@@ -269,10 +328,7 @@ def _bad_vocab_size(vocab_size: int, error: Exception) -> BadInput:
     message = _one_line(error)
     largest = re.search(r"value <= (\d+)", message)
     if largest:
-        return BadInput(
-            f"VOCAB_SIZE {vocab_size} is too large for this text: "
-            f"at most {largest.group(1)} pieces can be made of it"
-        )
+        return _too_large(vocab_size, int(largest.group(1)))
     smallest = re.search(r"(\d+) vs (\d+)", message)
     if smallest and "required_chars" in message:
         num_required = max(int(smallest.group(1)), int(smallest.group(2)))
@@ -281,6 +337,13 @@ def _bad_vocab_size(vocab_size: int, error: Exception) -> BadInput:
             f"the 256 bytes and the special tokens need {num_required}"
         )
     return BadInput(f"no vocabulary of {vocab_size} pieces can be made of this text: {message}")
+
+
+def _too_large(vocab_size: int, largest: int) -> BadInput:
+    return BadInput(
+        f"VOCAB_SIZE {vocab_size} is too large for this text: "
+        f"at most {largest} pieces can be made of it"
+    )
 
 
 def _check_special_ids(path: Path, *found: int | None) -> None:

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from reference_bloom import jit
@@ -44,12 +45,20 @@ def problem(B, L, H, K, dtype=np.float32, seed=0):
     return *arrays, jnp.asarray(alibi_slopes(H), jnp.float32)
 
 
-def reference(q, k, v, g, slopes, drop=1.0):
+def bf16(a):
+    return np.asarray(a, np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def reference(q, k, v, g, slopes, drop=1.0, rounding="exact"):
     """Context, dq, dk, dv and the probabilities, which `drop` [B, H, L, L] multiplies."""
     q, k, v, g, slopes = (np.asarray(a, np.float64) for a in (q, k, v, g, slopes))
     L, K = q.shape[1], q.shape[3]
     distance = np.arange(L)[None, :] - np.arange(L)[:, None]
-    s = np.einsum("blhk,bshk->bhls", q, k) / np.sqrt(K) + slopes[:, None, None] * distance
+    s = np.einsum("blhk,bshk->bhls", q, k) / np.sqrt(K)
+    if rounding == "exact":
+        s = s + slopes[:, None, None] * distance
+    else:
+        s = bf16(s + bf16(slopes[:, None, None] * np.arange(L)))
     s = np.where(distance <= 0, s, -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -62,9 +71,9 @@ def reference(q, k, v, g, slopes, drop=1.0):
     return context, dq, dk, dv, p
 
 
-@functools.partial(jit, static_argnames="dropout_rate")
-def forward_and_backward(q, k, v, g, slopes, **dropout):
-    context, pull = jax.vjp(lambda q, k, v: xla_attention(q, k, v, slopes, **dropout), q, k, v)
+@functools.partial(jit, static_argnames=("dropout_rate", "rounding"))
+def forward_and_backward(q, k, v, g, slopes, **options):
+    context, pull = jax.vjp(lambda q, k, v: xla_attention(q, k, v, slopes, **options), q, k, v)
     return context, *pull(g)
 
 
@@ -133,6 +142,43 @@ def test_bias_is_exact_far_from_the_start():
     scores = alibi_scores(q, k, jnp.asarray(slopes, jnp.float32), jnp.array([2047]))
     exact = slopes[:, None] * (np.arange(2048) - 2047)
     np.testing.assert_allclose(scores[0, :, 0], exact, rtol=2e-7)
+
+
+def test_bf16_hf_rounds_the_bias_and_then_the_sum():
+    """By up to 4 each at position 2047 of BLOOM's 112 heads. XLA could drop a cast to bfloat16 and back."""
+    slopes, position = alibi_slopes(112), np.arange(2048)
+    q = jnp.zeros((1, 1, 112, 16), jnp.bfloat16)
+    k = jnp.zeros((1, 2048, 112, 16), jnp.bfloat16)
+    rounded = functools.partial(alibi_scores, rounding="bf16_hf")
+    bias = jax.jit(rounded)(q, k, jnp.float32(slopes), jnp.array([2047]))[0, :, 0]
+    np.testing.assert_array_equal(bias, bf16(slopes[:, None] * position))
+    assert 3.9 < np.abs(bias - slopes[:, None] * position).max() <= 4
+    # 1 / 4 more for every key, which is lost where numbers are 8 apart.
+    scores = jax.jit(rounded)(q + 0.25, k + 0.25, jnp.float32(slopes), jnp.array([2047]))[0, :, 0]
+    np.testing.assert_array_equal(scores, bf16(bias + 0.25))
+    lost = np.asarray(scores == bias)
+    assert lost[0, 1500:].all() and not lost[0, :10].any()
+    # Of the valid keys alone, as the number of those before.
+    valid = np.ones((1, 2048), bool)
+    valid[0, :77] = False
+    padded = jax.jit(rounded)(q, k, jnp.float32(slopes), jnp.array([2047]), valid)[0, :, 0]
+    np.testing.assert_array_equal(padded[:, 77:], bias[:, :-77])
+    assert np.all(padded[:, :77] < -1e29)
+
+
+@pytest.mark.parametrize(("B", "L", "H", "K"), [(2, 33, 4, 64), (1, 261, 6, 128)])
+def test_bf16_hf_is_the_attention_of_rounded_scores(B, L, H, K):
+    """Backward is that of these probabilities: the rounding has the derivative 1."""
+    arguments = problem(B, L, H, K, jnp.bfloat16)
+    want = reference(*arguments, rounding="bf16_hf")[:4]
+    exact = reference(*arguments)[:4]
+    got = forward_and_backward(*arguments, rounding="bf16_hf")
+    for ours, theirs, other in zip(got, want, exact, strict=True):
+        ours = np.asarray(ours, np.float64)
+        assert np.linalg.norm(ours - theirs) <= 2 * BF16_ROUNDOFF * np.linalg.norm(theirs)
+        # Scores of 8 are rounded by up to 2^-6, those of 128 by 1/2.
+        error = np.linalg.norm(ours - other) / np.linalg.norm(other)
+        assert error < (0.02 if L == 33 else 0.2)
 
 
 def test_position_bias_reaches_the_output():
@@ -252,6 +298,19 @@ def test_cached_attention_equals_full_attention():
     np.testing.assert_allclose(got[1], full, rtol=0, atol=3e-6)
     np.testing.assert_allclose(got[0, padding:], short, rtol=0, atol=3e-6)
     assert np.all(np.isfinite(got))  # a padded query sees no key at all
+
+
+def test_rounded_positions_do_not_count_padding():
+    """A row with padding on the left is the row without, but for a few scores midway between two numbers."""
+    L, padding = 300, 100
+    q, k, v, _, slopes = problem(1, L, 4, 64, jnp.bfloat16)
+    alone = xla_attention(*(a[:, padding:] for a in (q, k, v)), slopes, rounding="bf16_hf")
+    attend = functools.partial(cached_attention, q, k, v, slopes, start=0, rounding="bf16_hf")
+    valid = np.arange(L)[None] >= padding
+    got = np.asarray(attend(k_valid_BS=valid)[:, padding:], np.float64)
+    assert np.linalg.norm(got - np.asarray(alone, np.float64)) < 1e-3 * np.linalg.norm(got)
+    exact = xla_attention(*(a[:, padding:] for a in (q, k, v)), slopes)
+    assert np.linalg.norm(got - np.asarray(exact, np.float64)) > 0.01 * np.linalg.norm(got)
 
 
 def test_an_unknown_kernel_is_named():

@@ -1,5 +1,6 @@
 """Decoding with the cache against float64 BLOOM without one, and sampling against exact frequencies."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import reference_bloom
 
-from bloomjax.decoding import generate, sample_token
+from bloomjax.decoding import filter_logits, generate, next_logits, pad_left, sample_token
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom, BloomConfig
 
@@ -67,6 +68,36 @@ def test_a_row_stops_at_the_end_token_and_the_others_go_on():
     assert generate(MODEL, params(), PROMPTS, max_new_tokens=NEW, eos_id=eos) == want
 
 
+def test_cached_logits_with_bf16_hf_are_those_of_training():
+    """A row with padding, some tokens at once and then one by one, against all of it without padding and cache."""
+    models = {
+        rounding: Bloom(
+            dataclasses.replace(MODEL.config, dtype="bfloat16", alibi_rounding=rounding)
+        )
+        for rounding in ("exact", "bf16_hf")
+    }
+    text = np.random.default_rng(3).integers(0, 40, 140)
+    prompts, new = [[7] * 240, text[:-2].tolist()], text[-2:]
+    tokens, valid = pad_left(prompts)
+    valid = np.pad(valid, ((0, 0), (0, len(new))), constant_values=True)
+    step = reference_bloom.jit(functools.partial(next_logits, models["bf16_hf"]))
+    logits, cache = step({"params": params()}, tokens, 0, valid)
+    got = [logits[1]]
+    for i, token in enumerate(new):
+        variables = {"params": params(), "cache": cache}
+        logits, cache = step(variables, np.full((2, 1), token), tokens.shape[1] + i, valid)
+        got.append(logits[1])
+
+    @functools.partial(reference_bloom.jit, static_argnums=0)
+    def train(model):
+        x = model.apply({"params": params()}, jnp.asarray(text)[None])
+        return model.apply({"params": params()}, x[:, -3:], method="logits")[0]
+
+    want = {rounding: train(model) for rounding, model in models.items()}
+    error = {name: np.linalg.norm(np.stack(got) - other) for name, other in want.items()}
+    assert error["bf16_hf"] < error["exact"] / 5 and error["exact"] > 0.01 * np.linalg.norm(got)
+
+
 def test_sampling_is_reproducible():
     sample = functools.partial(
         generate, MODEL, params(), max_new_tokens=NEW, eos_id=NEVER, temperature=50.0, top_k=30
@@ -123,20 +154,19 @@ def test_frequencies(temperature, top_k, top_p, kept):
 
 
 def test_kept_tokens_are_the_smallest_set_that_reaches_top_p():
-    """Random distributions, each row its own: support found by many draws against a sort in numpy."""
-    rng = np.random.default_rng(5)
-    p = rng.dirichlet(np.full(6, 0.7), size=8)
+    """Random distributions, each row its own, against a sort in numpy."""
+    p = np.random.default_rng(5).dirichlet(np.full(6, 0.7), size=200)
     top_p = 0.8
-    draw = reference_bloom.jit(
-        functools.partial(sample_token, temperature=1.0, top_k=0, top_p=top_p)
-    )
-    logits = jnp.log(jnp.asarray(np.repeat(p, 2000, axis=0), jnp.float32))
-    tokens = np.asarray(draw(logits, jax.random.key(0))).reshape(8, 2000)
-    for row, drawn in zip(p, tokens, strict=True):
+    logits = jnp.log(jnp.asarray(p, jnp.float32))
+    filtered = np.asarray(filter_logits(logits, temperature=1.0, top_k=0, top_p=top_p))
+    sizes = set()
+    for row, got, before in zip(p, filtered, np.asarray(logits), strict=True):
         order = np.argsort(-row)
         size = int(np.argmax(np.cumsum(row[order]) >= top_p)) + 1
-        likely = {int(token) for token in order[:size] if row[token] > 0.01}
-        assert likely <= set(drawn.tolist()) <= set(order[:size].tolist())
+        kept = np.isin(np.arange(6), order[:size])
+        np.testing.assert_array_equal(got, np.where(kept, before, -np.inf))
+        sizes.add(size)
+    assert sizes >= {1, 2, 3, 4}
 
 
 def test_temperature_zero_takes_the_likeliest():

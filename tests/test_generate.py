@@ -5,10 +5,8 @@ import shutil
 import numpy as np
 import pytest
 import tiny_run
-from absl import flags
-from absl.testing import flagsaver
 
-from bloomjax import config, generate
+from bloomjax import generate
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +24,8 @@ def command(capsys):
     """command(*flags): exit code, stdout and stderr of `generate` in this process."""
 
     def call(*arguments):
-        with flagsaver.flagsaver():
-            for name in ("prompt", "prompt_file", "checkpoint", "max_length", "step"):
-                flags.FLAGS[name].unparse()
-            with pytest.raises(SystemExit) as end:
-                config.call(generate.generate, ["generate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            generate.main(["generate", *map(str, arguments)])
         out, err = capsys.readouterr()
         return end.value.code, out, err
 

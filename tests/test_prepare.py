@@ -12,7 +12,7 @@ import pytest
 from bloomjax.errors import BadInput
 from bloomjax.prepare import import_seqio, prepare
 from bloomjax.token_store import TokenStore
-from bloomjax.vocabulary import open_vocabulary
+from bloomjax.vocabulary import ByteLevelBPEVocabulary, open_vocabulary
 
 pytest.importorskip("seqio", reason="needs the extra `data`")
 
@@ -103,6 +103,20 @@ def test_vocabulary_does_not_see_what_is_held_out(arguments, text_dir):
     assert len(model.encode("zzyzx")) == 5
 
 
+def test_json_is_trained_as_byte_level_bpe(arguments, capsys):
+    path = arguments["vocabulary_path"].replace(".model", ".json")
+    arguments |= {"vocabulary_path": path, "vocab_size": 380}
+    prepare(**arguments)
+    vocab = open_vocabulary(path)
+    assert isinstance(vocab, ByteLevelBPEVocabulary) and vocab.size == 380
+    store = TokenStore(arguments["store_dir"])
+    assert store.vocabulary_fingerprint == vocab.fingerprint
+    tokens = store.read("fr", "train", 0, store.num_tokens("fr", "train"))
+    assert vocab.decode(tokens) == "".join(TEXT["fr"][:-1])
+    prepare(**arguments)
+    assert "is up to date, nothing to do" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_nothing_to_do(prepared, tmp_path, text_dir, capsys):
     before = snapshot(tmp_path)
     capsys.readouterr()
@@ -151,6 +165,10 @@ def test_bad_text_leaves_nothing(arguments, tmp_path, text_dir):
         file.write('{"text": "cu')
     with pytest.raises(BadInput, match=r"fr\.jsonl line 23 is cut in the middle"):
         prepare(**arguments)
+    with pytest.raises(
+        BadInput, match="VOCAB_SIZE 260 is too small"
+    ):  # found before the text is read
+        prepare(**{**arguments, "vocab_size": 260})
     (text_dir / "fr.jsonl").write_text('{"text": "only one"}\n')
     with pytest.raises(BadInput, match="needs 2 documents.*'fr' has 1 "):
         prepare(**arguments)
@@ -171,7 +189,10 @@ def test_bad_arguments(arguments, tmp_path, text_dir):
     refuse("held-out fraction", holdout_fraction=1.5)
     refuse("VOCAB_SIZE 9999 is too large", vocab_size=9999)
     refuse("does not read TEXT_DIR", task_module="bloomjax.tasks.demo")
-    refuse("there is no vocabulary vocab.txt; a new one", vocabulary_path="vocab.txt")
+    refuse(
+        r"there is no vocabulary vocab\.txt; .* ends in \.model \(S.*\.json \(byte-level BPE\)",
+        vocabulary_path="vocab.txt",
+    )
 
 
 def test_one_task_is_one_language(arguments):
@@ -265,7 +286,7 @@ def test_changed_while_it_was_read(text_dir):
 
     text_files.register(text_dir)
     (text_dir / "en.txt").write_bytes(b"one\n\ntwo \xff\n")
-    language = module._Language.of(seqio.get_mixture_or_task("text_files.en"))
+    language = module.Language.of(seqio.get_mixture_or_task("text_files.en"))
     with pytest.raises(BadInput, match=r"^text_files\.en: \S*en\.txt is not UTF-8: line 3, byte"):
         list(language.documents())
 

@@ -1,8 +1,15 @@
-"""Vocabularies: exactness, fixed ids, determinism, and parity with another library."""
+"""Vocabularies: exactness, fixed ids, determinism, and training like BLOOM's."""
 
+import collections
 import hashlib
 import io
+import json
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -13,6 +20,7 @@ from bloomjax.vocabulary import (
     ByteLevelBPEVocabulary,
     SentencePieceVocabulary,
     open_vocabulary,
+    train_byte_level_bpe,
     train_sentencepiece,
 )
 
@@ -129,22 +137,13 @@ def test_pieces_are_as_asked(vocab):
     assert not [piece for piece in pieces if set(piece) & set("\n\t\r ")]
 
 
-def test_tokenizers_segments_alike(vocab):
-    """The `tokenizers` library with the same pieces, as an export to transformers makes it."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(vocab.path))
-    ids = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(ids, key=lambda p: (-model.get_score(ids[p]), ids[p]))
-        for cut in range(1, len(piece))
-        if piece[:cut] in ids and piece[cut:] in ids and not model.is_byte(ids[piece])
-    ]
-    bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    other = tokenizers.Tokenizer(bpe)
-    other.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+def test_sentencepiece_that_has_seen_no_space(tmp_path):
+    texts = ["春天河水很高，船一直停在码头，直到五月。" * 5, "abababab"] * 5
+    vocab = train_sentencepiece(texts, tmp_path / "no_space.model", 290)
+    assert vocab.encode("a b")[1:-1] == [4 + ord(" ")]
     for text in [*TEXTS, *STRANGE, *random_texts(200)]:
-        if "\u2581" not in text:
-            assert other.encode(text).ids == vocab.encode(text)
+        assert vocab.decode(vocab.encode(text)) == text
+    assert vocab.encode_batch(STRANGE) == [vocab.encode(text) for text in STRANGE]
 
 
 def test_training_is_deterministic(vocab, tmp_path):
@@ -232,3 +231,136 @@ def test_other_special_ids_are_refused(bpe_path, tmp_path):
     (tmp_path / "tokenizer.json").write_text(renamed)
     with pytest.raises(BadInput, match=r"special ids \(0, 1, None, 3\)"):
         open_vocabulary(tmp_path / "tokenizer.json")
+
+
+# ---- byte-level BPE as BLOOM's ----
+
+# What BLOOM's expression means: no word contains space, parentheses, "|" or these. (Python's \s has U+001C to 1F too.)
+_BETWEEN_WORDS = (
+    "().,!?|…。，、।۔،\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+WORD = re.compile(f" ?[^{_BETWEEN_WORDS}]+")
+# GPT-2 writes bytes that cannot be seen as the characters from U+0100.
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+LETTERS = {byte: chr(byte) for byte in VISIBLE} | {b: chr(256 + n) for n, b in enumerate(HIDDEN)}
+
+
+def words(text):
+    """`text` in BLOOM's words and what is between them."""
+    found, end = [], 0
+    for match in WORD.finditer(text):
+        found += [text[end : match.start()]] * (match.start() > end) + [match.group()]
+        end = match.end()
+    return found + [text[end:]] * (end < len(text))
+
+
+def reference_merges(texts, vocab_size):
+    """The textbook algorithm: join the most frequent pair, the one of smaller ids among equals."""
+    ids = {letter: 4 + n for n, letter in enumerate(sorted(LETTERS.values()))}
+    counts = collections.Counter(
+        tuple(LETTERS[byte] for byte in word.encode()) for text in texts for word in words(text)
+    )
+    merges = []
+    while len(ids) + 4 < vocab_size:
+        pairs = collections.Counter()
+        for word, count in counts.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += count
+        best = min(pairs, key=lambda pair: (-pairs[pair], ids[pair[0]], ids[pair[1]]))
+        ids.setdefault("".join(best), len(ids) + 4)
+        merges.append(list(best))
+        joined = collections.Counter()
+        for word, count in counts.items():
+            new, at = [], 0
+            while at < len(word):
+                width = 2 if word[at : at + 2] == best else 1
+                new.append("".join(word[at : at + width]))
+                at += width
+            joined[tuple(new)] += count
+        counts = joined
+    return merges, ids
+
+
+@pytest.fixture(scope="module")
+def bloom_like(tmp_path_factory):
+    return train_byte_level_bpe(TEXTS, tmp_path_factory.mktemp("bloom") / "bloom.json", 420)
+
+
+def test_bpe_is_what_the_textbook_makes(bloom_like):
+    model = json.loads(bloom_like.path.read_text())["model"]
+    merges, ids = reference_merges(TEXTS, 420)
+    assert model["merges"] == merges and len(merges) >= 150
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
+    assert model["vocab"] == special | ids
+    assert bloom_like.size == 420
+
+
+def test_bpe_cuts_words_as_bloom_does(bloom_like):
+    tokenizer = tokenizers.Tokenizer.from_file(str(bloom_like.path))
+    assert tokenizer.normalizer is None
+    corpus = Path(__file__).resolve().parent.parent / "tasks" / "demo_corpus"
+    texts = [path.read_text() for path in sorted(corpus.rglob("*")) if path.is_file()]
+    assert len(texts) > 59
+    num_words = 0
+    for text in [*texts, *TEXTS, *STRANGE, *random_texts(500), "a|b [c] (d|e)", "\x1c\x1da b\x85c"]:
+        expected = words(text)
+        pieces = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert [text[start:end] for _, (start, end) in pieces] == expected
+        assert [p for p, _ in pieces] == ["".join(LETTERS[b] for b in w.encode()) for w in expected]
+        num_words += len(expected)
+    assert num_words > 40_000
+
+
+def test_trained_bpe_gives_back_every_text(bloom_like):
+    for text in [*TEXTS, *STRANGE, *random_texts(500)]:
+        ids = bloom_like.encode(text)
+        assert bloom_like.decode(ids) == text
+        assert not set(ids) & {0, 1, 2, 3}
+    assert bloom_like.decode([1, *bloom_like.encode("one two"), 2, 3]) == "one two"
+
+
+def test_bpe_training_is_the_same_in_every_process(tmp_path):
+    program = (
+        "import sys, pathlib; from bloomjax.vocabulary import train_byte_level_bpe as train;"
+        "texts = [p.read_text() for p in sorted(pathlib.Path(sys.argv[1]).glob('*.txt'))];"
+        "train(iter(texts), sys.argv[2], 2000)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    corpus = root / "tasks" / "demo_corpus"
+    for seed in ("1", "2"):
+        environment = {"PYTHONPATH": str(root), "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(corpus), str(tmp_path / f"{seed}.json")],
+            env=os.environ | environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+
+
+def test_bpe_training_refuses(bloom_like, tmp_path):
+    before = bloom_like.path.read_bytes()
+    with pytest.raises(BadInput, match="exists already"):
+        train_byte_level_bpe(TEXTS, bloom_like.path, 500)
+    assert bloom_like.path.read_bytes() == before
+    with pytest.raises(BadInput, match="no text"):
+        train_byte_level_bpe(["", ""], tmp_path / "x.json", 500)
+    with pytest.raises(BadInput, match=r"byte-level BPE vocabulary must end in \.json"):
+        train_byte_level_bpe(TEXTS, tmp_path / "x.model", 500)
+    for size in (-1, 260):
+        with pytest.raises(BadInput, match="4 special tokens and 256 bytes"):
+            train_byte_level_bpe(TEXTS, tmp_path / "x.json", size)
+    with pytest.raises(BadInput, match=r"VOCAB_SIZE 9000 is too large .* at most \d+") as error:
+        train_byte_level_bpe(TEXTS, tmp_path / "x.json", 9000)
+    largest = int(str(error.value).split("at most ")[1].split()[0])
+
+    def damaged():
+        yield TEXTS[0]
+        raise BadInput("en.txt is not UTF-8")
+
+    with pytest.raises(BadInput, match=r"^en\.txt is not UTF-8$"):
+        train_byte_level_bpe(damaged(), tmp_path / "x.json", 300)
+    assert not list(tmp_path.iterdir())
+    assert train_byte_level_bpe(TEXTS, tmp_path / "x.json", largest).size == largest
+    with pytest.raises(BadInput, match=f"at most {largest} "):
+        train_byte_level_bpe(TEXTS, tmp_path / "y.json", largest + 1)

@@ -1,0 +1,70 @@
+"""`python -m bloomjax.evaluate` says what the run said."""
+
+import json
+import shutil
+
+import pytest
+import tiny_run
+
+from bloomjax import evaluate
+
+
+@pytest.fixture
+def command(undisturbed, tiny_text, capsys, tmp_path):
+    """command(*flags): exit code, stdout and stderr of `evaluate` with the configuration of the run."""
+    model_dir = shutil.copytree(undisturbed, tmp_path / "run")
+    *_, gin_file, model_dir_flag = tiny_run.command(tiny_text, model_dir)
+    text = (tiny_text.folder / "run.gin").read_text()
+    (model_dir / "config.gin").write_text(text + f"MODEL_DIR = '{model_dir}'\n")
+
+    def call(*flags):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["evaluate", f"--gin_file={model_dir}/config.gin", *flags])
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    assert gin_file.startswith("--gin_file") and model_dir_flag.startswith("--gin.MODEL_DIR")
+    return call
+
+
+def test_the_losses_are_those_of_the_run(command, undisturbed):
+    recorded = {r["step"]: r for r in tiny_run.records(undisturbed) if "validation_loss" in r}
+    assert recorded.keys() == {0, 20, 40}
+    for step in (20, 40):
+        code, out, err = command("--json", f"--step={step}")
+        assert (code, err) == (0, "")
+        found = json.loads(out)
+        assert found["step"] == step
+        assert found["loss_by_language"] == recorded[step]["loss_by_language"]
+        assert found["validation_loss"] == recorded[step]["validation_loss"]
+
+
+def test_for_a_person(command, undisturbed):
+    out = command()[1]
+    loss = tiny_run.records(undisturbed)[-1]["validation_loss"]
+    assert "step 40: held-out loss in nats a token\naa " in out
+    assert out.endswith(f"all languages: {loss:.3f}\n")
+
+
+def test_on_another_mesh_in_float32(command):
+    one = json.loads(command("--json", "--gin.BloomConfig.dtype='float32'")[1])
+    flags = (
+        "--gin.FirstDevices.num=8", "--gin.FirstDevices.fsdp=2", "--gin.FirstDevices.tensor=2",
+        "--gin.FirstDevices.data=2",
+    )  # fmt: skip
+    eight = json.loads(command("--json", "--gin.BloomConfig.dtype='float32'", *flags)[1])
+    assert eight["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--step=7"], "no checkpoint of step 7"),
+        (["--gin.NUM_LAYERS=3"], "has other arrays"),
+        (["--gin.STORE_DIR='none'"], "none"),
+        (["--gin.MODEL_DIR='none'"], "none is no MODEL_DIR of a run"),
+    ],
+)
+def test_what_does_not_fit(command, flags, message):
+    code, out, err = command(*flags)
+    assert code == 1 and out == "" and message in err and err.count("\n") == 1

@@ -1,0 +1,344 @@
+"""`python -m bloomjax.export`: from a checkpoint of any mesh to files that safetensors and transformers read."""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import hf_folders
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import reference_bloom
+import tiny_run
+from safetensors import safe_open
+
+from bloomjax import export, import_hf
+from bloomjax.checkpoints import Checkpoints
+from bloomjax.errors import BadInput
+from bloomjax.optimizer import adamw
+from bloomjax.train_step import abstract_state, state_of
+
+SHAPE = dict(vocab_size=320, emb_dim=32, num_layers=2, num_heads=4)
+
+
+@pytest.fixture
+def command(capsys):
+    """command(verb, *flags): exit code, stdout and stderr of a verb in this process."""
+
+    def call(verb, *flags):
+        with pytest.raises(SystemExit) as end:
+            verb.main([verb.__name__, *map(str, flags)])
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return call
+
+
+def config_gin() -> str:
+    gin = tiny_run.GIN.replace("import for_gin\n", "")
+    return gin.replace("train.mesh = @FirstDevices()\n", "")
+
+
+@pytest.fixture(scope="module")
+def model_dir(undisturbed, tmp_path_factory):
+    """The run with the config.gin that a command would have written."""
+    folder = tmp_path_factory.mktemp("export") / "run"
+    shutil.copytree(undisturbed, folder)
+    (folder / "config.gin").write_text(config_gin())
+    return folder
+
+
+@pytest.fixture
+def own_run(model_dir, tmp_path):
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(model_dir, tmp_path / "run"))
+
+
+def restored_params(model_dir, step=tiny_run.NUM_STEPS):
+    """By Orbax alone."""
+    state = model_dir / "checkpoints" / str(step) / "state"
+    with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
+        warnings.filterwarnings("ignore", "Sharding info not provided")
+        return checkpointer.restore(state)["params"]
+
+
+def expected(params) -> dict[str, np.ndarray]:
+    """The HF tensors of our parameters, by the definition of the layout and without bloomjax.hf."""
+    layers = params["layers"]
+    found = {
+        "word_embeddings.weight": params["embedding"],
+        "word_embeddings_layernorm.weight": params["embedding_norm"]["scale"],
+        "word_embeddings_layernorm.bias": params["embedding_norm"]["bias"],
+        "ln_f.weight": params["final_norm"]["scale"],
+        "ln_f.bias": params["final_norm"]["bias"],
+    }
+    for i in range(len(layers["qkv"]["bias"])):
+        qkv, bias = layers["qkv"]["kernel"][i], layers["qkv"]["bias"][i]
+        D, _, H, K = qkv.shape
+        rows = [qkv[:, part, head, k] for head in range(H) for part in range(3) for k in range(K)]
+        elements = [bias[part, head, k] for head in range(H) for part in range(3) for k in range(K)]
+        found |= {
+            f"h.{i}.input_layernorm.weight": layers["attention_norm"]["scale"][i],
+            f"h.{i}.input_layernorm.bias": layers["attention_norm"]["bias"][i],
+            f"h.{i}.self_attention.query_key_value.weight": np.stack(rows),
+            f"h.{i}.self_attention.query_key_value.bias": np.stack(elements),
+            f"h.{i}.self_attention.dense.weight": layers["out"]["kernel"][i].reshape(D, D).T,
+            f"h.{i}.self_attention.dense.bias": layers["out"]["bias"][i],
+            f"h.{i}.post_attention_layernorm.weight": layers["mlp_norm"]["scale"][i],
+            f"h.{i}.post_attention_layernorm.bias": layers["mlp_norm"]["bias"][i],
+            f"h.{i}.mlp.dense_h_to_4h.weight": layers["mlp_in"]["kernel"][i].T,
+            f"h.{i}.mlp.dense_h_to_4h.bias": layers["mlp_in"]["bias"][i],
+            f"h.{i}.mlp.dense_4h_to_h.weight": layers["mlp_out"]["kernel"][i].T,
+            f"h.{i}.mlp.dense_4h_to_h.bias": layers["mlp_out"]["bias"][i],
+        }
+    return {name: np.ascontiguousarray(x) for name, x in found.items()}
+
+
+def assert_same(found, want):
+    assert found.keys() == want.keys()
+    for name, x in want.items():
+        assert found[name].dtype == x.dtype and found[name].shape == x.shape, name
+        np.testing.assert_array_equal(found[name].view(np.uint8), x.view(np.uint8), name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_number_arrives(command, model_dir, tmp_path, dtype):
+    output = tmp_path / "hf"
+    code, out, err = command(
+        export, f"--checkpoint={model_dir}", f"--output={output}", f"--dtype={dtype}"
+    )
+    assert (code, err) == (0, "")
+    assert f"{output}: step 40 in {dtype}" in out and "AutoModelForCausalLM.from_pretrained" in out
+    kind = hf_folders.NUMPY[dtype]
+    params = jax.tree.map(lambda x: np.asarray(x).astype(kind), restored_params(model_dir))
+    want = expected(params)
+    assert_same(hf_folders.read(output), want)
+    files = {path.name for path in output.iterdir()}
+    assert files == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer.model", "tokenizer_config.json",
+    }  # fmt: skip
+    config = json.loads((output / "config.json").read_text())
+    assert config["dtype"] == dtype and config["seq_length"] == tiny_run.SEQUENCE_LENGTH
+
+
+def test_shards_and_index(command, model_dir, tmp_path):
+    output = tmp_path / "hf"
+    command(export, f"--checkpoint={model_dir}", f"--output={output}", "--max_shard_size=30KB")
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    shapes = hf_folders.shapes(**SHAPE)
+    num = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert index["metadata"] == {"total_parameters": num, "total_size": 4 * num}
+    assert index["weight_map"].keys() == {f"transformer.{name}" for name in shapes}
+    for file in set(index["weight_map"].values()):
+        with safe_open(output / file, "np") as shard:
+            names = set(shard.keys())
+            assert shard.metadata()["format"] == "pt"
+        assert names == {n for n, f in index["weight_map"].items() if f == file}
+        sizes = [4 * int(np.prod(shapes[n.removeprefix("transformer.")])) for n in names]
+        assert sum(sizes) <= 30_000 or len(sizes) == 1
+    assert_same(hf_folders.read(output), expected(restored_params(model_dir)))
+
+
+def test_by_default_beside_the_checkpoints_and_once(command, own_run):
+    first = command(export, f"--checkpoint={own_run}", "--step=30")[1]
+    assert f"{own_run}/hf/30: step 30 in float32" in first
+    before = tiny_run.tree(own_run / "hf")
+    again = command(export, f"--checkpoint={own_run}", "--step=30")[1]
+    assert f"{own_run}/hf/30 holds this export already: step 30 in float32" in again
+    assert "from_pretrained" in again
+    assert tiny_run.tree(own_run / "hf") == before
+    # Another dtype or another step is not the same export.
+    code, _, err = command(export, f"--checkpoint={own_run}", "--step=30", "--dtype=bfloat16")
+    assert code == 1 and "hf/30 exists already; --overwrite replaces it" in err
+    code, _, err = command(export, f"--checkpoint={own_run}", f"--output={own_run}/hf/30")
+    assert code == 1 and "hf/30 exists already" in err
+    assert tiny_run.tree(own_run / "hf") == before
+    flags = f"--checkpoint={own_run}", "--step=30", "--dtype=bfloat16", "--overwrite"
+    assert command(export, *flags)[0] == 0
+    assert os.listdir(own_run / "hf") == ["30"]
+    assert hf_folders.read(own_run / "hf" / "30")["ln_f.weight"].dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_a_checkpoint_of_any_mesh(command, mesh_of, tmp_path, shape):
+    params = random_params()
+    _save(tmp_path / "run", mesh_of(*shape), params)
+    flags = f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'hf'}"
+    assert command(export, *flags)[0] == 0
+    assert_same(hf_folders.read(tmp_path / "hf"), expected(params))
+
+
+def _save(folder, mesh, params, gin=""):
+    """A MODEL_DIR with one checkpoint of step 1, sharded over `mesh`."""
+    model, optimizer = tiny_run.tiny_model(), adamw()
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, mesh))
+    state = jax.device_put(state_of(optimizer, params), shardings)
+    checkpoints = Checkpoints(save_every_steps=1)
+    checkpoints.open(folder / "checkpoints")
+    position = {
+        "samples": 8, "record": {"step": 1}, "model": SHAPE,
+        "data": {"vocabulary": None, "sequence_length": 16},
+    }  # fmt: skip
+    checkpoints.save(1, state, position)
+    checkpoints.close()
+    (folder / "config.gin").write_text(config_gin() + gin)
+
+
+def random_params():
+    return reference_bloom.random_params(**SHAPE, mlp_dim=128, seed=1)
+
+
+def test_masked_padding_rows_stay_behind(command, mesh_of, tmp_path):
+    masked = "BloomConfig.num_tokens_in_vocab = 300\nBloomConfig.mask_padding_vocab = True\n"
+    params = random_params()
+    _save(tmp_path / "run", mesh_of(1, 2, 4), params, masked)
+    flags = f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'hf'}"
+    assert command(export, *flags)[0] == 0
+    found = hf_folders.read(tmp_path / "hf")["word_embeddings.weight"]
+    np.testing.assert_array_equal(found, params["embedding"][:300])
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 300
+
+
+def test_a_number_too_large_for_float16(command, mesh_of, tmp_path):
+    params = random_params()
+    params["layers"]["mlp_in"]["kernel"][1, 3, 5] = 70_000.0
+    _save(tmp_path / "run", mesh_of(1, 1, 1), params)
+    flags = f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'hf'}"
+    code, _, err = command(export, *flags, "--dtype=float16")
+    assert code == 1 and "h.1.mlp.dense_h_to_4h.weight does not fit into float16" in err
+    assert os.listdir(tmp_path) == ["run"]
+    assert command(export, *flags, "--dtype=bfloat16")[0] == 0
+
+
+def test_a_damaged_checkpoint_is_not_exported(command, own_run):
+    """Every file of the state, one flipped byte at a time: refused, or exported whole where nothing was hit."""
+    whole = expected(restored_params(own_run))
+    files = [
+        path
+        for path in sorted((own_run / "checkpoints" / "40" / "state").rglob("*"))
+        if path.is_file() and path.parent.name == "d" and path.stat().st_size > 2000
+    ]
+    assert files
+    num_refused = 0
+    for number, path in enumerate(files):
+        data = bytearray(path.read_bytes())
+        for at in np.random.default_rng(number).integers(0, len(data), 4):
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << (number % 8)
+            path.write_bytes(damaged)
+            code, _, err = command(export, f"--checkpoint={own_run}")
+            if code == 0:
+                assert_same(hf_folders.read(own_run / "hf" / "40"), whole)
+                shutil.rmtree(own_run / "hf")
+            else:
+                num_refused += 1
+                assert "40 is damaged: " in err and err.count("\n") == 1
+                assert not (own_run / "hf").exists() or not os.listdir(own_run / "hf")
+        path.write_bytes(data)
+    assert num_refused >= len(files)
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2**31), ("700", 700), ("1KiB", 1024)],
+)
+def test_sizes(text, size):
+    assert export.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 TB", "five", "1e9", "0.1"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(BadInput, match="is no size"):
+        export.parse_size(text)
+
+
+def test_flags_that_are_wrong(command, own_run, tmp_path):
+    assert command(export)[2] == "bloomjax: give --checkpoint=MODEL_DIR\n"
+    for flags, message in [
+        ((f"--checkpoint={tmp_path}/none",), "none is no MODEL_DIR of a run: it has no config.gin"),
+        ((f"--checkpoint={own_run}", "--step=7"), "no checkpoint of step 7 in"),
+        ((f"--checkpoint={own_run}", "--dtype=int8"), "should be one of <float32|bfloat16|float16>"),
+        ((f"--checkpoint={own_run}", f"--output={own_run}/config.gin"), "exists already; and is no folder"),
+        ((f"--checkpoint={own_run}", f"--output={own_run}/config.gin/x"), "cannot write"),
+    ]:  # fmt: skip
+        code, _, err = command(export, *flags)
+        assert code == 1 and message in err and err.count("\n") == 1, err
+    assert not (own_run / "hf").exists()
+
+
+def test_a_full_disk(own_run):
+    """A limit on the size of files stands in for it: the kernel refuses the write in the middle."""
+    code = (
+        "import resource, signal; from bloomjax import export; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+        f"export.main(['export', '--checkpoint={own_run}'])"
+    )
+    result = tiny_run.execute([sys.executable, "-c", code])
+    assert result.returncode == 1
+    assert result.stderr == f"bloomjax: cannot write {own_run}/hf/40: File too large\n"
+    assert os.listdir(own_run / "hf") == []
+
+
+def test_neither_torch_nor_tensorflow_is_loaded(own_run):
+    """`tiny_run.environment` ends a process that loads one of them with 97."""
+    result = tiny_run.execute([sys.executable, "-m", "bloomjax.export", f"--checkpoint={own_run}"])
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    flags = f"--input={own_run}/hf/40", f"--output={own_run}/b"
+    result = tiny_run.execute([sys.executable, "-m", "bloomjax.import_hf", *flags])
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert f"--gin_file={own_run}/b/config.gin" in result.stdout
+
+
+def test_what_is_exported_comes_back(command, own_run, tiny_text):
+    command(export, f"--checkpoint={own_run}")
+    code, out, err = command(import_hf, f"--input={own_run}/hf/40", f"--output={own_run}/back")
+    assert (code, err) == (0, "") and "vocabulary: tokenizer.model, 320 tokens" in out
+    command(export, f"--checkpoint={own_run}/back", f"--output={own_run}/again")
+    assert_same(hf_folders.read(own_run / "again"), hf_folders.read(own_run / "hf" / "40"))
+
+
+@pytest.mark.slow
+def test_memory_and_shards_of_1b1(tmp_path, monkeypatch):
+    """A model of 1.07B parameters from 8 devices: never in memory as a whole, no file above the limit."""
+    monkeypatch.syspath_prepend(tiny_run.REPOSITORY / "benchmarks")
+    import bench_export
+
+    bench_export.run_make("1b1.gin", tmp_path / "run")
+    found = bench_export.run_verb(
+        "export", f"--checkpoint={tmp_path}/run", f"--output={tmp_path}/hf", "--dtype=bfloat16",
+        "--max_shard_size=1GB",
+    )  # fmt: skip
+    V, D, L = 250_880, 1536, 24
+    assert found["peak_bytes"] < 2 * (2 * V * D) + 1e9  # in bfloat16, which is the harder bound
+    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(shards) == 3 and all(file.stat().st_size <= 10**9 for file in shards)
+
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(random_params())]
+    numbers = {jax.tree_util.keystr(path): number for number, path in enumerate(paths)}
+
+    def ours(name, shape, *index):
+        whole = tuple(slice(i, i + 1) for i in index) + (slice(None),) * (len(shape) - len(index))
+        x = bench_export.leaf(numbers[name], shape, whole)
+        return x[(0,) * len(index)].astype(ml_dtypes.bfloat16)
+
+    def theirs(name):
+        index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+        with safe_open(tmp_path / "hf" / index["weight_map"][name], "np") as shard:
+            return shard.get_tensor(name)
+
+    table = theirs("transformer.word_embeddings.weight")
+    assert table.shape == (V, D)
+    for row in (0, 62_719, 62_720, 250_879):
+        np.testing.assert_array_equal(table[row], ours("['embedding']", (V, D), row))
+    kernel = ours("['layers']['qkv']['kernel']", (L, D, 3, 16, 96), 23)  # [D, 3, H, K]
+    rows = theirs("transformer.h.23.self_attention.query_key_value.weight")
+    np.testing.assert_array_equal(rows, kernel.transpose(2, 1, 3, 0).reshape(3 * D, D))
+    mlp = ours("['layers']['mlp_out']['kernel']", (L, 4 * D, D), 7)
+    np.testing.assert_array_equal(theirs("transformer.h.7.mlp.dense_4h_to_h.weight"), mlp.T)
