@@ -2,8 +2,8 @@
 
     python benchmarks/check_lm_eval.py --checkpoint runs/tiny --hf runs/tiny/hf/300 --lm_eval lmenv/bin/lm_eval
 
-The harness needs an environment of its own (`pip install 'lm-eval[hf]' torch`); it reads benchmarks/lm_eval_task/, which
-needs no network. Ours are computed in float32 from the checkpoint itself.
+The harness needs an environment of its own (`pip install 'lm-eval[hf]' torch`) and no network: the task is
+benchmarks/lm_eval_task/. Ours are computed in float32 from the checkpoint itself.
 """
 
 import argparse

@@ -49,7 +49,7 @@ class ParamsReader:
         array = self._open(path)
         num_rows = array.shape[0]
         chunk = array.chunk_layout.read_chunk.shape
-        step = chunk[0] if chunk else num_rows
+        step = (chunk and chunk[0]) or num_rows
         return ((start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
     def read(self, path: tuple[str, ...], start: int, stop: int) -> np.ndarray:
