@@ -49,7 +49,9 @@ class ParamsReader:
         array = self._open(path)
         num_rows = array.shape[0]
         chunk = array.chunk_layout.read_chunk.shape
-        step = (chunk and chunk[0]) or num_rows
+        step = num_rows
+        if chunk and chunk[0]:
+            step = chunk[0]
         return ((start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
     def read(self, path: tuple[str, ...], start: int, stop: int) -> np.ndarray:
