@@ -37,7 +37,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.model", ("BloomConfig", "Bloom")),
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),
-    ("bloomjax.data", ("TrainData", "EvalData")),
+    ("bloomjax.data", ("TrainData", "Phase", "EvalData")),
     ("bloomjax.partitioning", ("MeshShape",)),
     ("bloomjax.checkpoints", ("Checkpoints",)),
     ("bloomjax.metrics", ("EventFileWriter", "clu_writer")),

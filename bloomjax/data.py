@@ -3,10 +3,14 @@
 Dimension key: B rows of a batch (filled up to what the mesh divides), L sequence_length.
 """
 
+import bisect
 import concurrent.futures
+import dataclasses
 import importlib
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +19,9 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax.errors import BadInput
-from bloomjax.mixture import MAX_SAMPLES, Mixture, temperature_weights
+from bloomjax.mixture import MAX_SAMPLES, temperature_weights
 from bloomjax.partitioning import BATCH_AXES, num_batch_shards
+from bloomjax.phases import PhasedMixture, Stretch, phases_identity
 from bloomjax.schedules import BatchSchedule
 from bloomjax.token_store import TokenStore
 from bloomjax.train_step import Batch
@@ -87,6 +92,27 @@ def host_rows(num_rows: int, mesh: Mesh) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(num_rows)[index] for index in indices]))
 
 
+Weights = Mapping[str, float] | Callable[[Mapping[str, int]], Mapping[str, float]] | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What changes at a sample of a run; each source goes on where it was.
+
+    Attributes:
+      first_sample: the first one that it decides.
+      weights, temperature: as TrainData's; None keeps the shares, or takes those of a new store.
+      sequence_length: tokens predicted in each row; None keeps it. It begins with a step.
+      store_dir: None keeps the store. The languages of another store are sources of their own.
+    """
+
+    first_sample: int
+    weights: Weights | None = None
+    temperature: float = 1.0
+    sequence_length: int | None = None
+    store_dir: str | None = None
+
+
 class TrainData:
     """What is trained on, in which shares and order. `open` comes later: a missing store can be prepared first."""
 
@@ -96,8 +122,10 @@ class TrainData:
         store_dir: str,
         sequence_length: int,
         seed: int,
-        weights: dict[str, float] | str | None = None,
+        weights: Weights | None = None,
         temperature: float = 1.0,
+        phases: Sequence[Phase] = (),
+        block_tokens: int | None = None,
         max_filled_share: float = 0.5,
         num_prefetched: int = 2,
     ):
@@ -108,8 +136,10 @@ class TrainData:
           seed: of the order of windows.
           weights: token share of each language: a dict; "module:NAME" of a table (TF-free, such as
             "bloomjax.tasks.languages:ROOTS_WEIGHTS"), of which the languages that the store has keep their proportions;
-            or None for the share each has in the store.
+            a function of {language: tokens in the store}; or None for the share each has in the store.
           temperature: shares become w^(1/temperature).
+          phases: what changes later; a run may be given more of them than it began with, for samples it has not seen.
+          block_tokens: what is shuffled; a multiple of every sequence_length, None for sequence_length.
           max_filled_share: refuse a batch of which more rows than this would be empty.
           num_prefetched: batches read ahead.
         """
@@ -121,78 +151,169 @@ class TrainData:
         self.sequence_length = sequence_length
         self.seed = seed
         self.max_filled_share = max_filled_share
-        self._weights = weights
-        self._temperature = temperature
+        self._phases = (Phase(0, weights, temperature), *phases)
+        self._block_tokens = block_tokens or sequence_length
         self._num_prefetched = num_prefetched
 
+    @property
+    def sequence_lengths(self) -> set[int]:
+        """Of all phases."""
+        return {self.sequence_length} | {
+            p.sequence_length for p in self._phases if p.sequence_length
+        }
+
     def open(self) -> "OpenTrainData":
-        """BadInput if the store is missing, broken, lacks a language of the weights, or has too little text."""
-        store = TokenStore(self.store_dir)
-        weights = self._weights
-        if isinstance(weights, str):
-            module, _, name = weights.partition(":")
-            try:
-                weights = getattr(importlib.import_module(module), name)
-                if not isinstance(weights, dict):
-                    raise ValueError(f"{name} is a {type(weights).__name__}")
-            except (ImportError, AttributeError, ValueError) as error:
-                raise BadInput(
-                    f"weights={self._weights!r} is not 'module:NAME' of a dict: {error}"
-                ) from error
-            absent = sorted(set(weights) - set(store.languages))
-            if absent:
-                logging.warning("%s has no %s", self.store_dir, ", ".join(absent))
-            weights = {name: w for name, w in weights.items() if name in store.languages}
-            if not weights:
-                raise BadInput(
-                    f"the store {self.store_dir} has no language of {self._weights}; "
-                    f"it has {', '.join(store.languages)}"
-                )
-        if weights is None:
-            weights = {name: store.num_tokens(name, "train") for name in store.languages}
-        missing = sorted(set(weights) - set(store.languages))
-        if missing:
-            raise BadInput(
-                f"the mixture names {', '.join(missing)}, which the store {self.store_dir} does not have; "
-                f"it has {', '.join(store.languages)}"
-            )
-        weights = temperature_weights(weights, self._temperature)
-        length = self.sequence_length
-        num_windows = {name: store.num_windows(name, "train", length) for name in weights}
-        mixture = Mixture(weights, num_windows, self.seed)
-        return OpenTrainData(store, mixture, length, self._num_prefetched)
+        """BadInput if a store is missing, broken, lacks a language of the weights, or has too little text."""
+        stores: dict[str, TokenStore] = {}
+        sources: dict[str, tuple[TokenStore, str]] = {}
+        stretches: list[Stretch] = []
+        store_dir, length, shares = self.store_dir, self.sequence_length, {}
+        for phase in self._phases:
+            if phase.weights is not None or phase.store_dir is not None or not stretches:
+                store_dir = phase.store_dir or store_dir
+                store = stores.setdefault(store_dir, TokenStore(store_dir))
+                labels = {name: _label(name, store, sources) for name in store.languages}
+                weights = _weights_in(store, phase.weights)
+                weights = temperature_weights(weights, phase.temperature)
+                total = sum(weights.values())
+                shares = {labels[name]: w / total for name, w in weights.items()}
+                sources |= {labels[name]: (store, name) for name in weights}
+            length = phase.sequence_length or length
+            stretches.append(Stretch(phase.first_sample, shares, length))
+        first, *others = stores.values()
+        for store in others:
+            if store.vocabulary_fingerprint != first.vocabulary_fingerprint:
+                raise BadInput(f"{store.path} was made with another vocabulary than {first.path}")
+        num_tokens = {
+            name: store.num_tokens(lang, "train") for name, (store, lang) in sources.items()
+        }
+        mixture = PhasedMixture(
+            stretches, num_tokens, seed=self.seed, block_tokens=self._block_tokens
+        )
+        return OpenTrainData(first, sources, mixture, self._num_prefetched)
+
+
+def _label(language: str, store: TokenStore, sources: dict[str, tuple[TokenStore, str]]) -> str:
+    """The language, and the name of the store's folder where an earlier store has that language, too."""
+    there = sources.get(language)
+    if there is None or there[0] is store:
+        return language
+    return f"{language}@{Path(store.path).name}"
+
+
+def _weights_in(store: TokenStore, weights: Weights | None) -> dict[str, float]:
+    """The weights as a dict over languages of the store."""
+    if weights is None:
+        return {name: store.num_tokens(name, "train") for name in store.languages}
+    if isinstance(weights, str):
+        weights = _named_weights(store, weights)
+    if callable(weights):
+        weights = weights({name: store.num_tokens(name, "train") for name in store.languages})
+    missing = sorted(set(weights) - set(store.languages))
+    if missing:
+        raise BadInput(
+            f"the mixture names {', '.join(missing)}, which the store {store.path} does not have; "
+            f"it has {', '.join(store.languages)}"
+        )
+    return dict(weights)
+
+
+def _named_weights(store: TokenStore, where: str) -> dict[str, float]:
+    """Those of a table "module:NAME" that the store has."""
+    module, _, name = where.partition(":")
+    try:
+        table = getattr(importlib.import_module(module), name)
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} is a {type(table).__name__}")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"weights={where!r} is not 'module:NAME' of a dict: {error}") from error
+    absent = sorted(set(table) - set(store.languages))
+    if absent:
+        logging.warning("%s has no %s", store.path, ", ".join(absent))
+    found = {language: w for language, w in table.items() if language in store.languages}
+    if not found:
+        raise BadInput(
+            f"the store {store.path} has no language of {where}; it has {', '.join(store.languages)}"
+        )
+    return found
 
 
 class OpenTrainData:
-    """Rows by sample number, and batches by step."""
+    """Rows by sample number, and batches by step.
+
+    Attributes:
+      store: of the first phase.
+      sources: store and language of each source of the mixture.
+      sequence_length: of the first phase, and of evaluation.
+    """
 
     def __init__(
-        self, store: TokenStore, mixture: Mixture, sequence_length: int, num_prefetched: int
+        self,
+        store: TokenStore,
+        sources: Mapping[str, tuple[TokenStore, str]],
+        mixture: PhasedMixture,
+        num_prefetched: int,
     ):
         self.store = store
+        self.sources = sources
         self.mixture = mixture
-        self.sequence_length = sequence_length
+        self.sequence_length = mixture.stretches[0].sequence_length
         self._num_prefetched = num_prefetched
 
-    def identity(self) -> dict[str, Any]:
-        """What decides which tokens sample k is; saved with each checkpoint and compared on resume."""
-        return {
+    def identity(self, num_samples: int = 0) -> dict[str, Any]:
+        """What decides which tokens the first samples are; saved with each checkpoint and compared on resume.
+
+        Phases that have not begun may still be changed.
+        """
+        found = {
             "store": self.store.fingerprint,
             "vocabulary": self.store.vocabulary_fingerprint,
             "sequence_length": self.sequence_length,
             "seed": self.mixture.seed,
             "shares": self.mixture.shares,
         }
+        if self.mixture.block_tokens != self.sequence_length:
+            found["block_tokens"] = self.mixture.block_tokens
+        phases = phases_identity(self.mixture, num_samples)
+        for phase in phases:
+            stores = {self.sources[name][0].fingerprint for name in phase["shares"]}
+            phase["stores"] = sorted(stores - {self.store.fingerprint})
+        return found | ({"phases": phases} if phases else {})
+
+    def check_phases(self, schedule: BatchSchedule, num_steps: int) -> list[str]:
+        """One line a phase. BadInput where a length changes in the middle of a step."""
+        lines = []
+        stretches = self.mixture.stretches
+        for p, (before, phase) in enumerate(itertools.pairwise(stretches), 1):
+            first = phase.first_sample
+            step = bisect.bisect_left(range(num_steps + 1), first, key=schedule.samples_after)
+            if step <= num_steps and before.sequence_length != phase.sequence_length:
+                if schedule.samples_after(step) != first:
+                    raise BadInput(
+                        f"the phase from sample {first} changes the sequence length in the middle of step {step}; "
+                        f"begin it at sample {schedule.samples_after(step - 1)} or {schedule.samples_after(step)}"
+                    )
+            skipped = self.mixture.skipped_tokens[p]
+            lines.append(
+                f"from sample {first} (step {step + 1}): {len(phase.shares)} sources, {phase.sequence_length} tokens a "
+                f"sample"
+                + (f"; {skipped} tokens of begun blocks are too few for one" if skipped else "")
+            )
+        return lines
+
+    def sequence_length_of(self, sample: int) -> int:
+        """Tokens predicted in this sample."""
+        return self.mixture.stretches[int(self.mixture.phase_of(sample))].sequence_length
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
-        """Tokens of these samples, int32 [len(samples), L + 1]."""
+        """Tokens of these samples, which have one length L, int32 [len(samples), L + 1]."""
+        length = self.sequence_length_of(int(samples[0])) if len(samples) else self.sequence_length
         source, _, window = self.mixture.locate(samples)
-        rows = np.zeros((len(samples), self.sequence_length + 1), np.int32)
+        rows = np.zeros((len(samples), length + 1), np.int32)
         for number in np.unique(source):
             at = source == number
-            rows[at] = self.store.read_windows(
-                self.mixture.names[number], "train", window[at], self.sequence_length
-            )
+            store, language = self.sources[self.mixture.names[number]]
+            rows[at] = store.read_windows(language, "train", window[at], length)
         return rows
 
     def batch(self, step: int, schedule: BatchSchedule, mesh: Mesh, multiple: int) -> Batch:
@@ -202,7 +323,7 @@ class OpenTrainData:
         mine = host_rows(num_rows, mesh)
         mine = mine[mine < size]
         tokens = dict(zip(mine.tolist(), self.rows(first + mine), strict=True))
-        return put_batch(tokens, num_rows, self.sequence_length + 1, mesh)
+        return put_batch(tokens, num_rows, self.sequence_length_of(first) + 1, mesh)
 
     def batches(
         self, first_step: int, last_step: int, schedule: BatchSchedule, mesh: Mesh, multiple: int
@@ -232,24 +353,26 @@ class EvalData:
 
     def batches(self, data: OpenTrainData, mesh: Mesh) -> Iterator[tuple[list[str], Batch]]:
         """(language of each real row, batch). BadInput names languages without a held-out window."""
-        length, store = data.sequence_length, data.store
+        length = data.sequence_length
         windows: list[tuple[str, int]] = []
         for name in data.mixture.names:
-            num = min(store.num_windows(name, "validation", length), self.max_windows_per_language)
-            windows += [(name, w) for w in range(num)]
+            store, language = data.sources[name]
+            num = store.num_windows(language, "validation", length)
+            windows += [(name, w) for w in range(min(num, self.max_windows_per_language))]
         without = sorted(set(data.mixture.names) - {name for name, _ in windows})
         if without:
             raise BadInput(
                 f"no held-out window of {length} tokens in: {', '.join(without)} "
-                f"(store {store.path}); give more text, hold out more, or shorten the sequence"
+                f"(store {data.store.path}); give more text, hold out more, or shorten the sequence"
             )
         num_rows = filled_rows(self.batch_size_samples, num_batch_shards(mesh))
         mine = host_rows(num_rows, mesh)
         for first in range(0, len(windows), num_rows):
             part = windows[first : first + num_rows]
-            tokens = {
-                int(row): store.read_windows(part[row][0], "validation", np.array([part[row][1]]), length)[0]
-                for row in mine
-                if row < len(part)
-            }  # fmt: skip
+            tokens = {}
+            for row in mine[mine < len(part)].tolist():
+                (store, language), window = data.sources[part[row][0]], part[row][1]
+                tokens[row] = store.read_windows(
+                    language, "validation", np.array([window]), length
+                )[0]
             yield [name for name, _ in part], put_batch(tokens, num_rows, length + 1, mesh)

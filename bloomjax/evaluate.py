@@ -34,7 +34,7 @@ def evaluate() -> None:
     mesh = config.build("train.mesh").build()
     use_compilation_cache()
     data = config.build("train.train_data").open()
-    check_model(model, mesh, data.sequence_length)
+    check_model(model, mesh, [data.sequence_length])
     vocabulary = open_matching_vocabulary(config.build("train.vocabulary_path"), data, model)
     trained.check_vocabulary(vocabulary)
     checkpoints = Checkpoints(save_every_steps=1)

@@ -123,18 +123,24 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
         h, low, k = half[todo], mask[todo], key[todo]
         left, right = x[todo] >> h, x[todo] & low
         for round_number in range(6):
-            left, right = right, left ^ (_mix(right, k + np.uint64(round_number)) & low)
+            left, right = right, left ^ (mix(right, k + np.uint64(round_number)) & low)
         x[todo] = (left << h) | right
         todo = todo[x[todo] >= size[todo]]
     return x.astype(np.int64)
 
 
-def _mix(x: np.ndarray, key: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray, key: np.ndarray) -> np.ndarray:
     """splitmix64's finalizer (Steele et al. 2014) of x and key; uint64 arithmetic wraps."""
     z = x * np.uint64(0x9E3779B97F4A7C15) + key * np.uint64(0xD1B54A32D192ED03)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def source_key(source: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
+    """Key of the permutation of an epoch of a source, uint64."""
+    seeds = np.full(source.shape, seed, np.int64).astype(np.uint64)
+    return mix((source.astype(np.uint64) << np.uint64(40)) + epoch.astype(np.uint64), seeds)
 
 
 def temperature_weights(weights: Mapping[str, float], temperature: float) -> dict[str, float]:
@@ -170,11 +176,7 @@ class Mixture:
         source, occurrence = self._interleave.locate(samples)
         size = self._num_windows[source]
         epoch, position = np.divmod(occurrence, size)
-        key = _mix(
-            (source.astype(np.uint64) << np.uint64(40)) + epoch.astype(np.uint64),
-            np.full(source.shape, self.seed, np.int64).astype(np.uint64),
-        )
-        return source, epoch, permute(position, size, key)
+        return source, epoch, permute(position, size, source_key(source, epoch, self.seed))
 
     def counts(self, num_samples: int) -> dict[str, int]:
         """Samples of each source among the first `num_samples`."""

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -15,13 +16,14 @@ from bloomjax.model import Bloom
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 
-def check_model(model: Bloom, mesh: Mesh, sequence_length: int) -> None:
+def check_model(model: Bloom, mesh: Mesh, sequence_lengths: Iterable[int]) -> None:
     """BadInput if the mesh does not divide the model, or the parameters are not as many as expected."""
     c = model.config
-    partitioning.check_divisible(
-        mesh, sequence_length=sequence_length, vocab_size=c.vocab_size, num_heads=c.num_heads,
-        mlp_dim=c.mlp_width, emb_dim=c.emb_dim,
-    )  # fmt: skip
+    for length in sequence_lengths:
+        partitioning.check_divisible(
+            mesh, sequence_length=length, vocab_size=c.vocab_size, num_heads=c.num_heads,
+            mlp_dim=c.mlp_width, emb_dim=c.emb_dim,
+        )  # fmt: skip
     num = flops.num_params(
         vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=c.mlp_width
     )

@@ -62,13 +62,9 @@ class Run:
         self._make_writer = writer
         self._config_text = config_text
         self._writer: ScalarWriter | None = None
-        self._flops_per_token = flops.flops_per_token(
-            vocab_size=model.config.vocab_size,
-            emb_dim=model.config.emb_dim,
-            num_layers=model.config.num_layers,
-            mlp_dim=model.config.mlp_width,
-            sequence_length_tokens=data.sequence_length,
-        )
+        self._flops_per_token = self._flops_per_token_of(data.sequence_length)
+        # The hash chain over the samples so far, and where it stood at the save before: (samples, value).
+        self._chain, self._chain_before = (0, 0), (0, 0)
         self._num_devices = mesh.devices.size
         self._device_kind = mesh.devices.flat[0].device_kind
         self._clock = time.monotonic()
@@ -97,23 +93,30 @@ class Run:
         finally:
             self._lock.close()
 
+    def _flops_per_token_of(self, sequence_length: int) -> flops.FlopCount:
+        c = self._model.config
+        return flops.flops_per_token(
+            vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers,
+            mlp_dim=c.mlp_width, sequence_length_tokens=sequence_length,
+        )  # fmt: skip
+
     # What a checkpoint must agree with.
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, num_samples: int) -> dict[str, Any]:
         shape = dataclasses.asdict(self._model.config)
         names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim")
         return {
             "model": {name: shape[name] for name in names},
-            "data": self._data.identity(),
+            "data": self._data.identity(num_samples),
         }
 
     def _check_position(self, position: dict[str, Any]) -> None:
-        for kind, mine in self._identity().items():
+        for kind, mine in self._identity(position["samples"]).items():
             theirs = position[kind]
-            names = [n for n in mine if n in theirs] if is_imported(position) else mine
-            changed = [name for name in names if mine[name] != theirs.get(name)]
+            names = [n for n in mine if n in theirs] if is_imported(position) else mine | theirs
+            changed = [name for name in names if mine.get(name) != theirs.get(name)]
             if changed:
                 was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
-                now = ", ".join(f"{n}={_brief(mine[n])}" for n in changed)
+                now = ", ".join(f"{n}={_brief(mine.get(n))}" for n in changed)
                 raise BadInput(
                     f"MODEL_DIR {self.model_dir} holds a run with other {kind}: there {was}, here {now}; "
                     "take another MODEL_DIR"
@@ -124,6 +127,18 @@ class Run:
                 f"MODEL_DIR {self.model_dir} had consumed {samples} samples after step {step}; this batch schedule "
                 f"says {self._batch_schedule.samples_after(step)}"
             )
+        if "chain" in position:
+            self._check_chain(*map(tuple, position["chain"]))
+
+    def _check_chain(self, before: tuple[int, int], now: tuple[int, int]) -> None:
+        """Whether this program deals the samples since the save before as the one did that trained on them."""
+        (first, value), (samples, expected) = before, now
+        if self._data.mixture.chain(value, first, samples - first) != expected:
+            raise BadInput(
+                f"MODEL_DIR {self.model_dir} was trained on other samples between {first} and {samples} than this "
+                "program and configuration would take: their order has changed; use the version that began the run"
+            )
+        self._chain_before, self._chain = now, now
 
     def restore(
         self, abstract: TrainState, from_params: Callable[[Any], TrainState]
@@ -170,7 +185,8 @@ class Run:
             print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(
             f"{self._num_devices} x {self._device_kind}; batch {batch_size} samples = "
-            f"{batch_size * self._data.sequence_length:,} tokens a step; {self._flops_per_token.causal:,.0f} "
+            f"{batch_size * self._data.sequence_length_of(self.samples):,} tokens a step; "
+            f"{self._flops_per_token.causal:,.0f} "
             f"FLOPs a token (causal), {self._flops_per_token.megatron_model:,.0f} (Megatron), "
             f"{self._flops_per_token.six_n:,.0f} (6N)"
         )
@@ -188,6 +204,9 @@ class Run:
         """Counts the step just dispatched and writes the record of the one before."""
         self._flush()
         self.step += 1
+        first, value = self._chain
+        value = self._data.mixture.chain(value, first, self.samples - first)
+        self._chain = self.samples, value
         self._pending = self._record() | {
             "batch_size": self._batch_schedule.batch_size(self.step),
             **metrics,
@@ -198,7 +217,7 @@ class Run:
         return {
             "step": self.step,
             "samples": samples,
-            "tokens": samples * self._data.sequence_length,
+            "tokens": self._data.mixture.tokens_after(samples),
             "learning_rate": self._learning_rate(samples),
         }
 
@@ -212,9 +231,11 @@ class Run:
             self._give_up(record)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        rate = record["batch_size"] * self._data.sequence_length / seconds
+        length = self._data.sequence_length_of(record["samples"] - 1)
+        rate = record["batch_size"] * length / seconds
         peak = flops.peak_flops_per_second(self._device_kind)
-        mfu = flops.mfu(rate * self._flops_per_token.causal, 1.0, self._num_devices, peak)
+        flops_per_token = self._flops_per_token_of(length).causal
+        mfu = flops.mfu(rate * flops_per_token, 1.0, self._num_devices, peak)
         record |= {
             "tokens_per_second": round(rate, 1),
             "mfu": round(mfu, 4) if mfu else None,
@@ -254,9 +275,11 @@ class Run:
             return
         self._complete()
         started = time.monotonic()
-        position = {"samples": self.samples, "record": self._pending, **self._identity()}
-        if not self._checkpoints.save(self.step, state, position):
+        chain = [self._chain_before, self._chain]
+        position = {"samples": self.samples, "record": self._pending, "chain": chain}
+        if not self._checkpoints.save(self.step, state, position | self._identity(self.samples)):
             return
+        self._chain_before = self._chain
         if self._writer:
             self._writer.flush()
         self._journal.write(

@@ -86,7 +86,7 @@ def train(
         keep_freed_memory()
     use_compilation_cache(compilation_cache_dir)
     device_mesh = mesh.build()
-    check_model(model, device_mesh, train_data.sequence_length)
+    check_model(model, device_mesh, train_data.sequence_lengths)
     num_steps = run_length_steps(batch_schedule, train_steps, train_samples)
     multiple = step.row_multiple(device_mesh)
     filled = check_filled_shares(batch_schedule, num_steps, multiple, train_data.max_filled_share)
@@ -97,6 +97,7 @@ def train(
         if code:
             return code  # it has said why
     data = train_data.open()
+    filled += data.check_phases(batch_schedule, num_steps)
     vocabulary = open_matching_vocabulary(vocabulary_path, data, model)
     eval_batches = list(eval_data.batches(data, device_mesh))
 

@@ -16,7 +16,7 @@ from bloomjax import config
 LAYERS = (
     {"errors", "files"},
     {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup"},
-    {"model", "optimizer", "mixture", "token_store", "vocabulary"},
+    {"model", "optimizer", "mixture", "phases", "token_store", "vocabulary"},
     {"hf"},
     {"decoding", "hf_tokenizer"},
     {"train_step", "data", "checkpoints", "health", "metrics"},
