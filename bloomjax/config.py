@@ -12,6 +12,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
 import tokenize
@@ -93,6 +94,9 @@ def call(
         # To a constructor's error gin appends lines that say where it was called.
         message = str(error).split("\n  In call to configurable")[0]
         print(f"bloomjax: {message}", file=sys.stderr)
+        result = 1
+    except BrokenPipeError:  # of `| head`; else Python would complain once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         result = 1
     finally:
         flags.FLAGS.remove_flag_values(own)

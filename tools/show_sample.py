@@ -1,0 +1,106 @@
+"""Prints the text of training samples: what the model saw at a loss spike.
+
+    python tools/show_sample.py --gin_file=runs/tiny/config.gin --sample=1234
+    python tools/show_sample.py --gin_file=runs/tiny/config.gin --step=40
+
+With --step a line for each sample of that step; with --sample the whole text of one, cut where documents end.
+`document` counts the documents of the language that are trained on, from 0, and `tokens` its tokens.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from bloomjax import config
+from bloomjax.data import OpenTrainData
+from bloomjax.errors import BadInput
+from bloomjax.vocabulary import Vocabulary, open_vocabulary
+
+_FLAGS = flags.FlagValues()
+_SAMPLE = flags.DEFINE_integer("sample", None, "Number of a sample, from 0.", flag_values=_FLAGS)
+_STEP = flags.DEFINE_integer("step", None, "All samples of this step.", flag_values=_FLAGS)
+_JSON = flags.DEFINE_bool("json", False, "One JSON object a line.", flag_values=_FLAGS)
+
+
+def describe(data: OpenTrainData, vocabulary: Vocabulary, sample: int) -> dict[str, Any]:
+    """Where a sample comes from, and its text by document."""
+    source, epoch, window = (int(column[0]) for column in data.mixture.locate(np.array([sample])))
+    name = data.mixture.names[source]
+    store, language = data.sources[name]
+    length = data.sequence_length_of(sample)
+    start = window * length
+    ids = data.rows(np.array([sample]))[0]
+    ends = store.read_document_ends(language, "train").astype(np.int64)
+    first = int(np.searchsorted(ends, start, side="right"))
+    inside = ends[(ends > start) & (ends < start + length + 1)] - start
+    parts = np.split(ids, inside)
+    return {
+        "sample": sample,
+        "language": name,
+        "store": str(store.path),
+        "epoch": epoch,
+        "tokens": [start, start + length + 1],
+        "documents": [
+            {"document": first + number, "text": vocabulary.decode(part.tolist())}
+            for number, part in enumerate(parts)
+        ],
+    }
+
+
+def samples_asked_for() -> range:
+    """Sample numbers. BadInput unless exactly one of --sample and --step is given, and it exists."""
+    sample, step = _SAMPLE.value, _STEP.value
+    if (sample is None) == (step is None):
+        raise BadInput("give one of --sample=K (from 0) and --step=N (from 1)")
+    if sample is not None:
+        if sample < 0:
+            raise BadInput(f"--sample={sample}: samples are numbered from 0")
+        return range(sample, sample + 1)
+    if step < 1:
+        raise BadInput(f"--step={step}: steps are numbered from 1")
+    schedule = config.build("train.batch_schedule")
+    return range(schedule.samples_after(step - 1), schedule.samples_after(step))
+
+
+def lines(found: dict[str, Any], whole: bool) -> Iterator[str]:
+    """For a person: a line, or a headline and the text."""
+    start, stop = found["tokens"]
+    head = (
+        f"sample {found['sample']}  {found['language']}  epoch {found['epoch']}  tokens {start}..{stop - 1}  "
+        f"document {found['documents'][0]['document']}"
+    )
+    if not whole:
+        text = " ".join("".join(each["text"] for each in found["documents"]).split())
+        yield f"{head}  {text[:60]}"
+        return
+    yield f"{head}  of {found['store']}"
+    for each in found["documents"]:
+        yield f"--- document {each['document']}"
+        yield each["text"]
+
+
+def show_sample() -> None:
+    """Prints what the flags ask for."""
+    samples = samples_asked_for()
+    data = config.build("train.train_data").open()
+    vocabulary = open_vocabulary(config.build("train.vocabulary_path"))
+    if vocabulary.fingerprint != data.store.vocabulary_fingerprint:
+        raise BadInput(f"{vocabulary.path} did not make the store {data.store.path}")
+    for sample in samples:
+        found = describe(data, vocabulary, sample)
+        if _JSON.value:
+            print(json.dumps(found, ensure_ascii=False))
+        else:
+            print("\n".join(lines(found, whole=_SAMPLE.value is not None)))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command, also with the arguments of a test."""
+    config.call(show_sample, argv, _FLAGS)
+
+
+if __name__ == "__main__":
+    main()
