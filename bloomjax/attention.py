@@ -38,6 +38,12 @@ def alibi_slopes(num_heads: int, rounding: str = "exact") -> np.ndarray:
     return np.array(slopes)
 
 
+def document_numbers(tokens_BL: jax.Array, document_end_id: int) -> jax.Array:
+    """Which document of its row each token belongs to, int32 [B, L]; the token that ends one is its last."""
+    is_end_BL = (tokens_BL == document_end_id).astype(jnp.int32)
+    return jnp.cumsum(is_end_BL, axis=1) - is_end_BL
+
+
 def alibi_scores(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
@@ -45,13 +51,15 @@ def alibi_scores(
     q_position_L: jax.Array,
     k_valid_BS: jax.Array | None = None,
     rounding: str = "exact",
+    documents_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Masked scores before the softmax, float32 [B, H, L, S]: q.k/sqrt(K) + slope*(key - query position).
 
     The bias is exact in float32. `rounding="bf16_hf"` is for comparisons only, with transformers in bfloat16 (and, but
     for ties, Megatron-DeepSpeed, which trained BLOOM so): slope*(number of valid keys before), equal up to a row
     constant, is rounded to bfloat16 and so is its sum with q.k, each by up to 4 at position 2047.
-    Keys stand at positions 0..S-1; those after the query, and those where `k_valid_BS` is False, are masked.
+    Keys stand at positions 0..S-1; those after the query, of another document than the query's (then L = S), and those
+    where `k_valid_BS` is False are masked. Distances within a document are what they would be if it stood alone.
     """
     scores_BHLS = _dot("BLHK,BSHK->BHLS", q_BLHK, k_BSHK)
     distance_LS = jnp.arange(k_BSHK.shape[1])[None, :] - q_position_L[:, None]
@@ -62,21 +70,27 @@ def alibi_scores(
         valid_BS = jnp.ones((1, k_BSHK.shape[1])) if k_valid_BS is None else k_valid_BS
         bias_BHS = _to_bf16(slopes_H[None, :, None] * (jnp.cumsum(valid_BS, axis=1) - 1.0)[:, None])
         scores_BHLS = _to_bf16(scores_BHLS * q_BLHK.shape[-1] ** -0.5 + bias_BHS[:, :, None])
-    scores_BHLS = jnp.where((distance_LS <= 0)[None, None], scores_BHLS, _MASKED)
+    visible_1LS = (distance_LS <= 0)[None]
+    if documents_BL is not None:
+        visible_1LS = visible_1LS & (documents_BL[:, :, None] == documents_BL[:, None, :])
+    scores_BHLS = jnp.where(visible_1LS[:, None], scores_BHLS, _MASKED)
     if k_valid_BS is not None:
         scores_BHLS = jnp.where(k_valid_BS[:, None, None, :], scores_BHLS, _MASKED)
     return scores_BHLS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
-    return _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)[0]
+def _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL):
+    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL
+    return _xla_forward(rounding, keep_scale, *arrays)[0]
 
 
-def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS):
+def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL):
     """`keep_scale` multiplies float32 sums: 1 / 0.9 rounded to bf16 would be 0.16 % off in every element."""
     position_L = jnp.arange(q_BLHK.shape[1])
-    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, rounding=rounding)
+    scores_BHLS = alibi_scores(
+        q_BLHK, k_BSHK, slopes_H, position_L, rounding=rounding, documents_BL=documents_BL
+    )
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
     dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
     context_BLHK = keep_scale * _dot("BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK)
@@ -100,10 +114,11 @@ def _xla_backward(_, keep_scale, residuals, g_BLHK):
     ds_BHLS = (ds_BHLS * q_BLHK.shape[-1] ** -0.5).astype(dtype)
     dq_BLHK = _dot("BHLS,BSHK->BLHK", ds_BHLS, k_BSHK)
     dk_BSHK = _dot("BHLS,BLHK->BSHK", ds_BHLS, q_BLHK)
-    # The slopes are constants of the architecture, the dropout mask is random: neither is differentiated.
+    # The slopes are constants of the architecture, the dropout mask is random, documents are whole numbers: not
+    # differentiated.
     return (
         dq_BLHK.astype(dtype), dk_BSHK.astype(dtype), dv_BSHK.astype(dtype),
-        jnp.zeros_like(slopes_H), None,
+        jnp.zeros_like(slopes_H), None, None,
     )  # fmt: skip
 
 
@@ -116,6 +131,7 @@ def xla_attention(
     v_BSHK: jax.Array,
     slopes_H: jax.Array,
     *,
+    documents_BL: jax.Array | None = None,
     rounding: str = "exact",
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
@@ -130,7 +146,8 @@ def xla_attention(
         shape = (B, H, L, k_BSHK.shape[1])
         keep_BHLS = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
         keep_scale = 1.0 / (1.0 - dropout_rate)
-    return _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS)
+    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL
+    return _xla_attention(rounding, keep_scale, *arrays)
 
 
 def cached_attention(

@@ -14,10 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from bloomjax import partitioning
-from bloomjax.attention import ALIBI_ROUNDINGS, alibi_slopes, cached_attention, get_kernel
+from bloomjax.attention import (
+    ALIBI_ROUNDINGS,
+    alibi_slopes,
+    cached_attention,
+    document_numbers,
+    get_kernel,
+)
+from bloomjax.embedding import embed
 from bloomjax.errors import BadInput
 from bloomjax.partitioning import constrain_activation
 
@@ -45,6 +51,8 @@ class BloomConfig:
       init_std: of all matrices; the two that write to the residual stream use init_std / sqrt(2 num_layers).
       hidden_dropout_rate: on the embedding and on both residual branches. attention_dropout_rate: on the probabilities.
       attention_kernel: a name of attention.KERNELS.
+      document_end_id: the token that ends a document, 2 for BLOOM's </s>: attention then does not look beyond it. None
+        for BLOOM's own way, where a window is one text. Decoding does not ask: a prompt is one document.
       alibi_rounding: "exact", or "bf16_hf" for comparisons with transformers in bfloat16 (see attention.alibi_scores).
       remat_policy: a name of REMAT_POLICIES.
       scan_layers: compile one layer and loop over it; False unrolls (faster steps, slower compile). Same parameters.
@@ -64,6 +72,7 @@ class BloomConfig:
     hidden_dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     attention_kernel: str = "xla"
+    document_end_id: int | None = None
     alibi_rounding: str = "exact"
     remat_policy: str = "none"
     scan_layers: bool = True
@@ -150,66 +159,6 @@ def _dense_backward(spec, names, residuals, g):
 dense.defvjp(_dense_forward, _dense_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def embed(dtype, table_VD, tokens_BL):
-    """Rows of the float32 table in `dtype` [B, L, D], the sequence split over `tensor`.
-
-    Each device looks up in its slice of the vocabulary: the table is gathered over `fsdp` in `dtype`, never over
-    `tensor`. Gradients of equal tokens are added in float32.
-    """
-    return _embed_forward(dtype, table_VD, tokens_BL)[0]
-
-
-def _lookup(on_mesh, table_VD, tokens_BL):
-    if not on_mesh:
-        return jnp.take(table_VD, tokens_BL, axis=0)
-    tokens_BL = tokens_BL - jax.lax.axis_index("tensor") * table_VD.shape[0]
-    mine_BL = (tokens_BL >= 0) & (tokens_BL < table_VD.shape[0])
-    x_BLD = jnp.take(table_VD, jnp.where(mine_BL, tokens_BL, 0), axis=0)
-    x_BLD = jnp.where(mine_BL[..., None], x_BLD, 0)
-    return jax.lax.psum_scatter(x_BLD, "tensor", scatter_dimension=1, tiled=True)
-
-
-def _scatter_add(on_mesh, num_rows, g_BLD, tokens_BL):
-    if on_mesh:
-        g_BLD = jax.lax.all_gather(g_BLD, "tensor", axis=1, tiled=True)
-        tokens_BL = tokens_BL - jax.lax.axis_index("tensor") * num_rows
-        # `drop` takes what lies beyond the slice; what lies before it would count from the end.
-        tokens_BL = jnp.where(tokens_BL < 0, num_rows, tokens_BL)
-    dtable_VD = jnp.zeros((num_rows, g_BLD.shape[-1]), jnp.float32)
-    dtable_VD = dtable_VD.at[tokens_BL].add(g_BLD.astype(jnp.float32), mode="drop")
-    if on_mesh:
-        dtable_VD = jax.lax.psum_scatter(dtable_VD, "fsdp", scatter_dimension=1, tiled=True)
-        dtable_VD = jax.lax.psum(dtable_VD, "data")
-    return dtable_VD
-
-
-def _embed_forward(dtype, table_VD, tokens_BL):
-    lookup = functools.partial(_lookup, partitioning.on_mesh())
-    if partitioning.on_mesh():
-        rows, residual = P(partitioning.BATCH_AXES), P(partitioning.BATCH_AXES, "tensor")
-        lookup = jax.shard_map(
-            lookup, in_specs=(P("tensor"), rows), out_specs=residual, check_vma=False
-        )
-    return lookup(table_VD.astype(dtype), tokens_BL), (tokens_BL, table_VD.shape[0])
-
-
-def _embed_backward(dtype, residuals, g_BLD):
-    del dtype
-    tokens_BL, vocab_size = residuals
-    if not partitioning.on_mesh():
-        return _scatter_add(False, vocab_size, g_BLD, tokens_BL), None
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, residual = P(partitioning.BATCH_AXES), P(partitioning.BATCH_AXES, "tensor")
-    scatter_add = functools.partial(_scatter_add, True, vocab_size // mesh.shape["tensor"])
-    return jax.shard_map(
-        scatter_add, in_specs=(residual, rows), out_specs=P("tensor", "fsdp"), check_vma=False
-    )(g_BLD, tokens_BL), None
-
-
-embed.defvjp(_embed_forward, _embed_backward)
-
-
 def layer_norm(x_BLD, scale_D, bias_D, epsilon: float):
     """LayerNorm over D in float32, returned in x's dtype."""
     x32_BLD = x_BLD.astype(jnp.float32)
@@ -281,7 +230,7 @@ class Block(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BLD, start, k_valid_BS):
+    def __call__(self, x_BLD, documents_BL, start, k_valid_BS):
         """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py); None in training."""
         c = self.config
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
@@ -298,7 +247,9 @@ class Block(nn.Module):
         qkv_BLcHK = checkpoint_name(qkv_BLcHK, "qkv")
         # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays.
         q, k, v = (a.squeeze(2) for a in jnp.split(qkv_BLcHK, 3, axis=2))
-        context_BLHK = checkpoint_name(self._attend(q, k, v, start, k_valid_BS), "context")
+        context_BLHK = checkpoint_name(
+            self._attend(q, k, v, documents_BL, start, k_valid_BS), "context"
+        )
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = Dense(
             "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), out_std, name="out"
@@ -319,14 +270,14 @@ class Block(nn.Module):
         y_BLD = constrain_activation(y_BLD, "batch", "residual_length", "embed")
         return checkpoint_name(x_BLD + dropout(y_BLD), "residual"), None
 
-    def _attend(self, q_BLHK, k_BLHK, v_BLHK, start, k_valid_BS):
+    def _attend(self, q_BLHK, k_BLHK, v_BLHK, documents_BL, start, k_valid_BS):
         c = self.config
         slopes_H = jnp.asarray(alibi_slopes(c.num_heads, c.alibi_rounding), jnp.float32)
         if k_valid_BS is None:
             rate = 0.0 if self.deterministic else c.attention_dropout_rate
             return get_kernel(c.attention_kernel)(
-                q_BLHK, k_BLHK, v_BLHK, slopes_H, rounding=c.alibi_rounding, dropout_rate=rate,
-                dropout_rng=self.make_rng("dropout") if rate else None,
+                q_BLHK, k_BLHK, v_BLHK, slopes_H, documents_BL=documents_BL, rounding=c.alibi_rounding,
+                dropout_rate=rate, dropout_rng=self.make_rng("dropout") if rate else None,
             )  # fmt: skip
         B, _, H, K = k_BLHK.shape
         shape = (B, k_valid_BS.shape[1], H, K)
@@ -361,6 +312,9 @@ class Bloom(nn.Module):
         x_BLD = self.embedding_norm(x_BLD)
         x_BLD = Dropout(c.hidden_dropout_rate, deterministic)(x_BLD)
         x_BLD = constrain_activation(x_BLD, "batch", "residual_length", "embed")
+        documents_BL = None
+        if c.document_end_id is not None and k_valid_BS is None:
+            documents_BL = document_numbers(tokens_BL, c.document_end_id)
         block, broadcast = Block, cast(Any, nn.broadcast)
         if c.remat_policy != "none":
             policy = REMAT_POLICIES[c.remat_policy]
@@ -373,7 +327,7 @@ class Bloom(nn.Module):
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, deterministic, name="layers")(x_BLD, start, k_valid_BS)
+        )(c, deterministic, name="layers")(x_BLD, documents_BL, start, k_valid_BS)
         return constrain_activation(self.final_norm(x_BLD), "batch", "length", "embed")
 
     def logits(self, x_BLD) -> jax.Array:

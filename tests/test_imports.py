@@ -18,6 +18,7 @@ LAYERS = (
     {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup"},
     {"minimise", "scaling_laws", "scaling_runs", "scaling_fits"},
     {"frontier_fits", "language_laws", "loss_curves"},
+    {"embedding"},
     {"model", "optimizer", "mixture", "phases", "token_store", "vocabulary"},
     {"hf"},
     {"decoding", "hf_tokenizer"},

@@ -14,9 +14,10 @@ import reference_bloom
 from reference_bloom import jit
 
 from bloomjax import flops
+from bloomjax.embedding import embed
 from bloomjax.errors import BadInput
 from bloomjax.losses import linear_cross_entropy
-from bloomjax.model import Bloom, BloomConfig, embed
+from bloomjax.model import Bloom, BloomConfig
 
 B, L = 2, 17
 SIX_HEADS = {"vocab_size": 96, "emb_dim": 48, "num_layers": 3, "num_heads": 6, "mlp_dim": 80}
