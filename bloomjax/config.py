@@ -39,6 +39,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),
     ("bloomjax.data", ("TrainData", "Phase", "EvalData")),
+    ("bloomjax.mixture_weights", ("TemperatureWeights", "UniMaxWeights")),
     ("bloomjax.partitioning", ("MeshShape",)),
     ("bloomjax.checkpoints", ("Checkpoints",)),
     ("bloomjax.metrics", ("EventFileWriter", "clu_writer")),

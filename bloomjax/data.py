@@ -6,7 +6,6 @@ Dimension key: B rows of a batch (filled up to what the mesh divides), L sequenc
 import bisect
 import concurrent.futures
 import dataclasses
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax.errors import BadInput
-from bloomjax.mixture import MAX_SAMPLES, temperature_weights
+from bloomjax.mixture import MAX_SAMPLES
+from bloomjax.mixture_weights import find_table, temperature_weights
 from bloomjax.partitioning import BATCH_AXES, num_batch_shards
 from bloomjax.phases import PhasedMixture, Stretch, phases_identity
 from bloomjax.schedules import BatchSchedule
@@ -220,13 +220,7 @@ def _weights_in(store: TokenStore, weights: Weights | None) -> dict[str, float]:
 
 def _named_weights(store: TokenStore, where: str) -> dict[str, float]:
     """Those of a table "module:NAME" that the store has."""
-    module, _, name = where.partition(":")
-    try:
-        table = getattr(importlib.import_module(module), name)
-        if not isinstance(table, dict):
-            raise ValueError(f"{name} is a {type(table).__name__}")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"weights={where!r} is not 'module:NAME' of a dict: {error}") from error
+    table = find_table(where)
     absent = sorted(set(table) - set(store.languages))
     if absent:
         logging.warning("%s has no %s", store.path, ", ".join(absent))

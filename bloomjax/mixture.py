@@ -143,16 +143,6 @@ def source_key(source: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
     return mix((source.astype(np.uint64) << np.uint64(40)) + epoch.astype(np.uint64), seeds)
 
 
-def temperature_weights(weights: Mapping[str, float], temperature: float) -> dict[str, float]:
-    """w^(1/T) / sum, as mT5 (arXiv 2010.11934) smooths languages; T = 1 keeps the shares, larger T evens them out."""
-    if not temperature > 0:
-        raise BadInput(f"temperature must be positive, got {temperature}")
-    _check_weights(weights)
-    powers = {name: w ** (1.0 / temperature) for name, w in weights.items()}
-    total = sum(powers.values())
-    return {name: p / total for name, p in powers.items()}
-
-
 class Mixture:
     """Sources of known size, interleaved by weight, each in a fresh random order every epoch."""
 

@@ -2,13 +2,16 @@
 
 A folder holds one entry for each language; its name is the label (letters, digits, '_' and '-'):
 
-    <language>.txt     a line of nothing but whitespace ends a document
-    <language>.jsonl   each line is a JSON object, its field "text" is a document
-    <language>/        any number of such files, and of source code: a code file is one document
+    <language>.txt       a line of nothing but whitespace ends a document
+    <language>.jsonl     each line is a JSON object, its field "text" is a document
+    <language>.parquet   its column "text" is the documents
+    <language>/          any number of such files, also below folders; of source code, where a file
+                         is a document; and of folders that Hugging Face `datasets` saved to disk
 
-Files are UTF-8. Lines of a .txt end in LF or CRLF, and a document is its lines joined by LF,
-without a last one; JSON strings and code files are kept to the byte. A byte order mark at the
-beginning of a file is dropped. Files are read in alphabetical order.
+.txt and .jsonl may be compressed (.gz, .zst); all kinds are in `documents`. Files are UTF-8. Lines
+of a .txt end in LF or CRLF, and a document is its lines joined by LF, without a last one; all other
+text is kept to the byte. A byte order mark at the beginning of a file is dropped. Files are read in
+alphabetical order, those of a saved data set in its own.
 
 The Tasks give raw text under the feature 'text'. There is no tokenizing preprocessor: TensorFlow's
 SentencePiece segments some texts differently from the one everything else here uses.
@@ -25,16 +28,32 @@ from pathlib import Path
 from typing import Any
 
 from bloomjax.errors import BadInput
+from bloomjax.mixture_weights import check_weights, covering
+from bloomjax.tasks.documents import TEXT_FIELD, OnBad, read_documents, text_suffix
 from bloomjax.tasks.languages import CODE_EXTENSIONS
 
+__all__ = [
+    "MIXTURE",
+    "TEXT_FIELD",
+    "LanguageText",
+    "add_mixture",
+    "check_claims",
+    "files_below",
+    "find_languages",
+    "read_documents",
+    "register",
+    "register_mixture",
+    "register_tasks",
+    "text_features",
+]
+
 MIXTURE = "text_files"
-TEXT_FIELD = "text"
 
 _DOCUMENTS_PER_BATCH = 256
 _LABEL = re.compile(r"[A-Za-z0-9_-]+")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Files about the text rather than of it.
 _ABOUT = ("README", "LICENSE", "LICENCE", "NOTICE", "SOURCES")
+_STATE, _DICT = "state.json", "dataset_dict.json"  # in folders that `datasets` saved
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -45,22 +64,24 @@ class LanguageText:
     Attributes:
       language: its label.
       files: where the text is, in the order it is read.
-      text_field: field of the objects in .jsonl files.
+      text_field: field of JSON objects, column of tables.
     """
 
     language: str
     files: tuple[Path, ...]
     text_field: str = TEXT_FIELD
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, on_bad: OnBad | None = None) -> Iterator[str]:
         """The documents of all files, blank ones (code files, JSON strings) included.
+
+        `on_bad` is told of those that cannot be read, as in `documents.read_documents`.
 
         Raises:
           BadInput: a file is damaged, or there is no text at all.
         """
         has_text = False
         for path in self.files:
-            for text in read_documents(path, self.text_field):
+            for text in read_documents(path, self.text_field, on_bad):
                 has_text = has_text or (text != "" and not text.isspace())
                 yield text
         if not has_text:
@@ -82,16 +103,18 @@ def find_languages(text_dir: str | os.PathLike[str]) -> dict[str, tuple[Path, ..
     languages: dict[str, tuple[Path, ...]] = {}
     entries: dict[str, Path] = {}
     for entry in _list(folder):
+        suffix = text_suffix(entry)
         if entry.is_dir():
-            label, files = entry.name, _text_files_below(entry)
+            label, files = entry.name, files_below(entry)
             if not files:
                 raise BadInput(
-                    f"'{label}' has no text: no .txt, .jsonl or code file in the folder {entry}"
+                    f"'{label}' has no text: no .txt, .jsonl, .parquet or code file in the folder "
+                    f"{entry}"
                 )
-        elif entry.suffix in (".txt", ".jsonl"):
-            label, files = entry.stem, (entry,)
+        elif suffix:
+            label, files = entry.name.removesuffix(suffix), (entry,)
         else:
-            _LOGGER.warning("%s is left out: neither .txt nor .jsonl", entry)
+            _LOGGER.warning("%s is left out: neither .txt, .jsonl nor .parquet", entry)
             continue
         if not _LABEL.fullmatch(label):
             raise BadInput(
@@ -105,27 +128,51 @@ def find_languages(text_dir: str | os.PathLike[str]) -> dict[str, tuple[Path, ..
         entries[label] = entry
         languages[label] = files
     if not languages:
-        raise BadInput(f"{folder} has no text: no <language>.txt, <language>.jsonl or <language>/")
+        raise BadInput(
+            f"{folder} has no text: no <language>.txt, <language>.jsonl, <language>.parquet or "
+            f"<language>/"
+        )
     return dict(sorted(languages.items()))
 
 
-def read_documents(path: str | os.PathLike[str], text_field: str = TEXT_FIELD) -> Iterator[str]:
-    """The documents of one file, by its ending: .txt, .jsonl, anything else is one document.
+def files_below(folder: Path) -> tuple[Path, ...]:
+    """All files of text in a folder and below it, in the order in which they are read.
 
     Raises:
-      BadInput: unreadable, invalid UTF-8, or a bad line of JSON, with the place.
+      BadInput: a folder cannot be read, or a saved data set is not whole.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".txt":
-            yield from _read_paragraphs(path)
-        elif path.suffix == ".jsonl":
-            yield from _read_json_lines(path, text_field)
+    if (folder / _DICT).is_file():
+        return files_below(folder / _train_split(folder))
+    if (folder / _STATE).is_file():
+        return _saved_files(folder)
+    files: list[Path] = []
+    for entry in _list(folder):
+        if entry.is_dir():
+            files += files_below(entry)
+        elif text_suffix(entry) or entry.suffix in CODE_EXTENSIONS:
+            files.append(entry)
         else:
-            data = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
-            yield _decode(data, path, 1, 0)
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+            _LOGGER.warning("%s is left out: neither .txt, .jsonl, .parquet nor code", entry)
+    return tuple(files)
+
+
+def check_claims(languages: Mapping[str, tuple[Path, ...]]) -> None:
+    """BadInput if two languages claim one file (or one does twice), also through links, with how many."""
+    claims: dict[tuple[int, int], tuple[str, Path]] = {}
+    twice: list[str] = []
+    for language, files in languages.items():
+        for path in files:
+            try:
+                status = os.stat(path)
+            except OSError as error:
+                raise BadInput(f"cannot read {path}: {error.strerror}") from None
+            other, first = claims.setdefault((status.st_dev, status.st_ino), (language, path))
+            if first is not path:
+                who = f"'{other}' and '{language}'" if other != language else f"'{language}' twice"
+                twice.append(f"{who}: {first} is {path}" if first != path else f"{who}: {path}")
+    if twice:
+        more = f" (and {len(twice) - 1} more files)" if len(twice) > 1 else ""
+        raise BadInput(f"one file is claimed by {twice[0]}{more}")
 
 
 def register(text_dir: str | os.PathLike[str], text_field: str = TEXT_FIELD) -> None:
@@ -144,39 +191,72 @@ def register_mixture(
     rates: Mapping[str, float],
     text_field: str = TEXT_FIELD,
 ) -> None:
-    """Registers a seqio Task for each language and one Mixture, in place of earlier ones.
+    """`register_tasks` and `add_mixture` in one, with the name of the Mixture before those of the Tasks."""
+    check_weights(covering(rates, languages, f"the Mixture '{mixture}'"), "rate")
+    add_mixture(mixture, register_tasks(mixture, languages, text_field), rates)
+
+
+def register_tasks(
+    prefix: str, languages: Mapping[str, tuple[Path, ...]], text_field: str = TEXT_FIELD
+) -> dict[str, str]:
+    """Registers a seqio Task for each language, in place of earlier ones, and returns {name: language}.
+
+    seqio allows no '-' in names: the Task of 'code-c' is '<prefix>.code_c'. Its source carries the
+    attribute `language_text`, a LanguageText.
+
+    Args:
+      prefix: first part of the names.
+      languages: the files of each language.
+      text_field: field of JSON objects, column of tables.
+
+    Raises:
+      BadInput: two languages would have the same name, or claim one file.
+    """
+    tasks: dict[str, str] = {}
+    for language in languages:
+        name = f"{prefix}.{language.replace('-', '_')}"
+        if name in tasks:
+            raise BadInput(f"'{tasks[name]}' and '{language}' are too alike: both are {name}")
+        tasks[name] = language
+    check_claims(languages)
+
+    import seqio
+
+    features = text_features()
+    for name, language in tasks.items():
+        text = LanguageText(language, tuple(languages[language]), text_field)
+        seqio.TaskRegistry.remove(name)
+        seqio.TaskRegistry.add(name, source=_source(text), output_features=features)
+    return tasks
+
+
+def text_features() -> dict[str, Any]:
+    """seqio's output features of Tasks of raw text: one string, 'text'."""
+    import seqio
+    import tensorflow as tf
+
+    vocabulary = seqio.PassThroughVocabulary(size=0)
+    return {"text": seqio.Feature(vocabulary, add_eos=False, dtype=tf.string, rank=0)}
+
+
+def add_mixture(mixture: str, tasks: Mapping[str, str], rates: Mapping[str, float]) -> None:
+    """Registers a seqio Mixture, in place of an earlier one.
 
     The rates are for readers of the seqio Mixture. A training run takes its shares from `TrainData.weights` (by default
     the share of tokens each language has in the store), since seqio's rates count examples, not tokens.
 
-    seqio allows no '-' in names: the Task of 'code-c' is '<mixture>.code_c'. Its source carries
-    the attribute `language_text`, a LanguageText.
-
     Args:
-      mixture: name of the Mixture and first part of the names of the Tasks.
-      languages: the files of each language.
-      rates: the rate of each language in the Mixture.
-      text_field: field of the objects in .jsonl files.
+      mixture: its name.
+      tasks: {name of the Task: language}.
+      rates: the rate of each language, of which those that have a Task are taken.
 
     Raises:
-      BadInput: two languages would have the same name.
+      BadInput: a language has no rate, or a rate is not positive.
     """
     import seqio
-    import tensorflow as tf
 
-    feature = seqio.Feature(
-        seqio.PassThroughVocabulary(size=0), add_eos=False, dtype=tf.string, rank=0
-    )
-    tasks: dict[str, str] = {}
-    for language in languages:
-        name = f"{mixture}.{language.replace('-', '_')}"
-        if name in tasks:
-            raise BadInput(f"'{tasks[name]}' and '{language}' are too alike: both are {name}")
-        tasks[name] = language
-    for name, language in tasks.items():
-        text = LanguageText(language, tuple(languages[language]), text_field)
-        seqio.TaskRegistry.remove(name)
-        seqio.TaskRegistry.add(name, source=_source(text), output_features={"text": feature})
+    rates = covering(rates, list(tasks.values()), f"the Mixture '{mixture}'")
+    check_weights(rates, "rate")
     seqio.MixtureRegistry.remove(mixture)
     seqio.MixtureRegistry.add(mixture, [(name, rates[tasks[name]]) for name in tasks])
 
@@ -214,74 +294,52 @@ def _list(folder: Path) -> list[Path]:
     return [entry for entry in entries if not entry.name.startswith((".", *_ABOUT))]
 
 
-def _text_files_below(folder: Path) -> tuple[Path, ...]:
-    files: list[Path] = []
-    for entry in _list(folder):
-        if entry.is_dir():
-            files += _text_files_below(entry)
-        elif entry.suffix in (".txt", ".jsonl") or entry.suffix in CODE_EXTENSIONS:
-            files.append(entry)
-        else:
-            _LOGGER.warning("%s is left out: neither .txt, .jsonl nor code", entry)
-    return tuple(files)
+def _train_split(folder: Path) -> str:
+    """The split to read of a saved DatasetDict: 'train', or the only one."""
+    splits = _read_json(folder / _DICT).get("splits")
+    if not isinstance(splits, list) or not all(map(_is_name, splits)):
+        raise BadInput(f"{folder / _DICT} is damaged: it has no list of splits")
+    if "train" not in splits and len(splits) != 1:
+        raise BadInput(f"{folder} has no split 'train'; it has: {', '.join(splits) or 'none'}")
+    split = "train" if "train" in splits else splits[0]
+    if len(splits) > 1:
+        others = ", ".join(name for name in splits if name != split)
+        _LOGGER.warning("%s: the splits %s are left out", folder, others)
+    return split
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number from 1, byte offset and bytes of each line, without the byte order mark."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-            yield number, offset + len(line) - len(text), text
-            offset += len(line)
-
-
-def _read_paragraphs(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    for number, offset, data in _read_lines(path):
-        line = _decode(data, path, number, offset).removesuffix("\n").removesuffix("\r")
-        if line and not line.isspace():
-            lines.append(line)
-        elif lines:
-            yield "\n".join(lines)
-            lines = []
-    if lines:
-        yield "\n".join(lines)
-
-
-def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
-    for number, offset, data in _read_lines(path):
-        line = _decode(data, path, number, offset)
-        if line.isspace() or not line:
-            continue
-        where = f"{path} line {number}"
-        try:
-            parsed = json.loads(line)
-        except (ValueError, RecursionError):
-            if not line.endswith("\n"):
-                raise BadInput(f"{where} is cut in the middle: the file ends inside it") from None
-            raise BadInput(f"{where} is not JSON") from None
-        if not isinstance(parsed, dict):
-            raise BadInput(f"{where} is not a JSON object")
-        text = parsed.get(text_field)
-        if not isinstance(text, str):
-            fields = ", ".join(sorted(parsed)) or "none"
-            raise BadInput(f"{where} has no text field '{text_field}'; it has: {fields}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadInput(
-                f"{where}: half of a surrogate pair, \\u{ord(text[error.start]):04x}, is no text"
-            ) from None
-        yield text
-
-
-def _decode(data: bytes, path: Path, first_line: int, offset: int) -> str:
-    """UTF-8 to text; an error names the line and the byte offset in the file."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
+def _saved_files(folder: Path) -> tuple[Path, ...]:
+    """The files of a saved Dataset, in the order of its rows."""
+    state = _read_json(folder / _STATE)
+    if state.get("_indices_data_files"):
         raise BadInput(
-            f"{path} is not UTF-8: line {line}, byte offset {offset + error.start}"
-        ) from None
+            f"{folder} is a selection of rows that only `datasets` can read: "
+            f"save it again after flatten_indices()"
+        )
+    entries = state.get("_data_files")
+    names = [entry.get("filename") for entry in entries] if isinstance(entries, list) else []
+    if not names or not all(map(_is_name, names)):
+        raise BadInput(f"{folder / _STATE} is damaged: it has no list of data files")
+    files = tuple(folder / name for name in names)
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise BadInput(
+            f"{folder} is not whole: {len(missing)} of {len(files)} files are missing, "
+            f"the first is {missing[0]}"
+        )
+    return files
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise BadInput(f"{path} is damaged: it is no JSON object")
+    return parsed

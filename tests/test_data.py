@@ -222,15 +222,15 @@ def test_weights_as_dict_module_and_temperature(tiny_text, monkeypatch):
         ),
         ("RATES", "is not 'module:NAME' of a dict"),
         (":RATES", "is not 'module:NAME' of a dict"),
-        ("bloomjax.tasks.languages:CODE_WEIGHT", "is not 'module:NAME' of a dict: .* is a float"),
-        ({"aa": 1.0, "bb": 0.0}, "weights must be positive numbers, got"),
-        ({"aa": 1.0, "bb": -1.0}, "weights must be positive numbers, got"),
+        ("bloomjax.tasks.languages:CODE_WEIGHT", "is not a dict but a float"),
+        ({"aa": 1.0, "bb": 0.0}, "each weight must be a positive number: 'bb' has 0.0"),
+        ({"aa": 1.0, "bb": -1.0}, "each weight must be a positive number: 'bb' has -1.0"),
         (
             {"aa": -1.0, "bb": -1.0},
-            "weights must be positive numbers, got {'aa': -1.0, 'bb': -1.0}",
+            "each weight must be a positive number: 'aa' has -1.0, 'bb' has -1.0",
         ),
-        ({"aa": float("nan"), "bb": 1.0}, "weights must be positive numbers, got {'aa': nan}"),
-        ({}, "weights must be positive numbers, got"),
+        ({"aa": float("nan"), "bb": 1.0}, "each weight must be a positive number: 'aa' has nan"),
+        ({}, "there is no weight"),
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

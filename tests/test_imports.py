@@ -19,7 +19,7 @@ LAYERS = (
     {"minimise", "scaling_laws", "scaling_runs", "scaling_fits"},
     {"frontier_fits", "language_laws", "loss_curves"},
     {"embedding"},
-    {"model", "optimizer", "mixture", "phases", "token_store", "vocabulary"},
+    {"model", "optimizer", "mixture", "mixture_weights", "phases", "token_store", "vocabulary"},
     {"hf"},
     {"decoding", "hf_tokenizer"},
     {"train_step", "data", "checkpoints", "health", "metrics"},

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bloomjax.errors import BadInput
-from bloomjax.mixture import MAX_SAMPLES, Interleave, Mixture, permute, temperature_weights
+from bloomjax.mixture import MAX_SAMPLES, Interleave, Mixture, permute
 from bloomjax.tasks.languages import ROOTS_WEIGHTS
 
 LANGUAGES = {f"language{i:02}": float((46 - i) ** 4) for i in range(46)}
@@ -178,18 +178,6 @@ def test_scale_of_weights_does_not_matter():
     for name, share in one.shares.items():
         assert other.shares[name] == pytest.approx(share, rel=1e-12)
     assert sum(one.shares.values()) == pytest.approx(1)
-
-
-def test_temperature():
-    weights = {"big": 0.9, "small": 0.1}
-    assert temperature_weights(weights, 1.0) == pytest.approx(weights)
-    even = temperature_weights(weights, 1e6)
-    assert even == pytest.approx({"big": 0.5, "small": 0.5}, abs=1e-5)
-    third = temperature_weights({"big": 8.0, "small": 1.0}, 3.0)
-    assert third == pytest.approx({"big": 2 / 3, "small": 1 / 3})
-    for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(BadInput, match="temperature must be positive"):
-            temperature_weights(weights, bad)
 
 
 @pytest.mark.parametrize(

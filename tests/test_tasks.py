@@ -64,7 +64,11 @@ def test_code_is_kept_to_the_byte(tmp_path):
         ("a.jsonl", '["text"]\n', r"line 1 is not a JSON object$"),
         ("a.jsonl", '{"b": 1, "a": 2}\n', r"line 1 has no text field 'text'; it has: a, b$"),
         ("a.jsonl", "{}", r"line 1 has no text field 'text'; it has: none$"),
-        ("a.jsonl", '{"text": null}\n', r"line 1 has no text field 'text'; it has: text$"),
+        ("a.jsonl", '{"text": null}\n', r"line 1: the field 'text' is null, not text$"),
+        ("a.jsonl", '{"text": true}\n', r"line 1: the field 'text' is true or false, not text$"),
+        ("a.jsonl", '\n{"text": 1.5}\n', r"line 2: the field 'text' is a number, not text$"),
+        ("a.jsonl", '{"text": ["a"]}\n', r"line 1: the field 'text' is a list, not text$"),
+        ("a.jsonl", '{"text": {}}\n', r"line 1: the field 'text' is an object, not text$"),
         ("a.jsonl", '{"text": "\\ud800"}\n', r"line 1: half of a surrogate pair, \\ud800"),
         ("a.jsonl", "[" * 100_000 + "\n", r"line 1 is not JSON$"),
     ],
@@ -139,7 +143,7 @@ def test_unusable_folders(tmp_path):
         find_languages(tmp_path / "empty")
     (tmp_path / "one" / "xx").mkdir(parents=True)
     with pytest.raises(
-        BadInput, match=r"'xx' has no text: no \.txt, \.jsonl or code file in .*/xx"
+        BadInput, match=r"'xx' has no text: no \.txt, \.jsonl, \.parquet or code file in .*/xx"
     ):
         find_languages(tmp_path / "one")
     make_files(tmp_path / "twice", "xx.txt", "xx.jsonl")
@@ -166,31 +170,83 @@ def test_languages_of_roots(tmp_path):
         roots.find_languages(tmp_path / "code")
 
 
+# BigScience, data/catalogue/training_dataset_ratios_merged_nigercongo_v3.json: all 28 groups.
+PUBLISHED = {
+    "ar": 0.0330676168743166, "ca": 0.011242051312222764, "code": 0.13027200903379185,
+    "en": 0.22171164529099704, "es": 0.10667815627928671, "eu": 0.0015595123898173287,
+    "fr": 0.13054018439603915, "id": 0.01091803753667153, "as": 0.00011021422347108609,
+    "bn": 0.005492381453597748, "gu": 0.0004021215011318779, "hi": 0.007470068593492175,
+    "kn": 0.0006190467776576425, "ml": 0.0010335296343329384, "mr": 0.0005012010684646179,
+    "ne": 0.0006672772956128299, "or": 0.00035928138344705506, "pa": 0.0005084433130291778,
+    "ta": 0.0021137328219915496, "te": 0.0009129946225980253, "ur": 0.0012454301613725426,
+    "nigercongo-all": 0.00031588689199263235, "oscar-en": 0.08137213783015229,
+    "oscar-zh": 0.055293935695898196, "pt": 0.04954150576361177, "vi": 0.02461641286531197,
+    "zhs": 0.12091748245519074, "zht": 0.0005177025345001541,
+}  # fmt: skip
+# training_dataset_ratios.json beside it: the languages of nigercongo-all, in that mixture.
+NIGER_CONGO = {
+    "tum": 1.6908712906621913e-07, "ki": 3.825549510416119e-07, "bm": 4.096353790340665e-07,
+    "ak": 6.938762268345196e-07, "ts": 7.058099259657895e-07, "st": 7.211293983608406e-07,
+    "ny": 1.0802142612678056e-06, "tw": 1.254210185754728e-06, "tn": 1.4345976209947068e-06,
+    "ln": 1.5615957880343798e-06, "nso": 1.5685487152725018e-06, "fon": 2.4181733912998574e-06,
+    "rn": 2.6240721674330045e-06, "wo": 3.788035372978134e-06, "lg": 4.411728781061637e-06,
+    "sn": 5.462081443441739e-06, "zu": 7.960494206222536e-06, "ig": 1.1476452755243308e-05,
+    "xh": 1.420376509569156e-05, "rw": 3.211033678381048e-05, "yo": 5.92174680475419e-05,
+    "sw": 0.00016215947420710153,
+}  # fmt: skip
+
+
+def test_weights_are_the_published_ones():
+    weights = dict(languages.ROOTS_WEIGHTS)
+    assert len(PUBLISHED) == 28 and len(NIGER_CONGO) == 22 and len(weights) == 47
+    assert math.isclose(weights.pop("en"), PUBLISHED["en"] + PUBLISHED["oscar-en"], rel_tol=1e-15)
+    assert math.isclose(weights.pop("zhs"), PUBLISHED["zhs"] + PUBLISHED["oscar-zh"], rel_tol=1e-15)
+    group, total = PUBLISHED["nigercongo-all"], math.fsum(NIGER_CONGO.values())
+    for language, ratio in NIGER_CONGO.items():
+        assert math.isclose(weights.pop(language), group * ratio / total, rel_tol=1e-14), language
+    assert all(PUBLISHED[language] == weight for language, weight in weights.items())
+    assert len(weights) == 28 - 5
+    assert math.isclose(math.fsum(languages.ROOTS_WEIGHTS.values()), 1, abs_tol=1e-15)
+
+
 def test_table_of_languages():
     natural = languages.NATURAL_LANGUAGES
     assert len(natural) == 46 and len(languages.PROGRAMMING_LANGUAGES) == 13
     assert len({language.code for language in natural}) == 46
     assert len({language.bcp47 for language in natural}) == 46
+    assert len({language.name for language in natural}) == 46
     assert {len(language.iso639_3) for language in natural} == {3}
-    assert {len(language.script) for language in natural} == {4}
+    assert len({language.iso639_3 for language in natural}) == 45  # Chinese twice
+    scripts = {language.script for language in natural}
+    indic = {"Beng", "Deva", "Gujr", "Guru", "Knda", "Mlym", "Orya", "Taml", "Telu"}
+    assert scripts == {"Arab", "Hans", "Hant", "Latn"} | indic
     # BLOOM paper, table 1: 1.61 TB in all; 30.04 % of the bytes are English.
     num_bytes = sum(language.num_bytes for language in natural) + languages.CODE_NUM_BYTES
     assert num_bytes == 1_614_479_114_961
     assert math.isclose(natural[0].num_bytes / num_bytes, 0.3004, abs_tol=5e-5)
-    weights = languages.ROOTS_WEIGHTS
-    assert len(weights) == 47
-    assert math.isclose(sum(weights.values()), 1, abs_tol=1e-8)
-    # The shares of one group of the published mixture: 0.00031588689199263235.
+    weights = [language.weight for language in natural]
+    assert weights == sorted(weights, reverse=True)
     families = {"Niger-Congo", "Mande"}
-    niger_congo = [language for language in natural if language.family in families]
-    assert len(niger_congo) == 22
-    share = sum(weights[language.code] for language in niger_congo)
-    assert math.isclose(share, 0.00031588689199263235, rel_tol=1e-7)
+    assert {x.code for x in natural if x.family in families} == NIGER_CONGO.keys()
     # A weight is a share of tokens.
-    num_tokens = sum(x.estimated_tokens for x in natural) + languages.CODE_ESTIMATED_TOKENS
-    for language in natural:
-        share = language.estimated_tokens / num_tokens
-        assert math.isclose(share, language.weight, rel_tol=1e-4)
+    assert list(languages.ROOTS_TOKENS) == list(languages.ROOTS_WEIGHTS)
+    num_tokens = sum(languages.ROOTS_TOKENS.values())
+    assert math.isclose(num_tokens, 342.1e9, rel_tol=1e-4)
+    for code, tokens in languages.ROOTS_TOKENS.items():
+        assert math.isclose(tokens / num_tokens, languages.ROOTS_WEIGHTS[code], rel_tol=1e-5), code
+
+
+def test_table_of_programming_languages():
+    code = {x.name: set(x.extensions) for x in languages.PROGRAMMING_LANGUAGES}
+    # The model card of BLOOM; for C it has .C alone.
+    php = {".php", ".phpt", ".php3", ".phps", ".php5", ".php4"}
+    assert code == {
+        "Java": {".java"}, "PHP": php, "Python": {".py"}, "JavaScript": {".js"}, "C#": {".cs"},
+        "C++": {".cpp", ".cc", ".hpp", ".hh", ".H", ".c++", ".h++"}, "Ruby": {".rb"},
+        "Lua": {".lua"}, "TypeScript": {".ts", ".tsx"}, "Go": {".go"}, "C": {".c", ".h", ".C"},
+        "Scala": {".scala"}, "Rust": {".rs"},
+    }  # fmt: skip
+    assert len(languages.CODE_EXTENSIONS) == sum(map(len, code.values()))  # none is of two
 
 
 def test_demo_corpus_has_every_language():
