@@ -4,6 +4,7 @@ The configuration is that of `train`; later gin files and bindings may name othe
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,7 +12,7 @@ from typing import NoReturn
 import jax
 from absl import flags
 
-from bloomjax import config
+from bloomjax import config, language_report
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.model_dir import open_model_dir
 from bloomjax.preflight import check_model, open_matching_vocabulary
@@ -44,12 +45,16 @@ def evaluate() -> None:
     batches = config.build("train.eval_data").batches(data, mesh)
     with jax.set_mesh(mesh):
         found = held_out_losses(jax.jit(make_eval_step(model, options)), params, batches)
+    bits = language_report.held_out_bits_per_byte(found["loss_by_language"], data.sources)
+    found["bits_per_byte_by_language"] = bits
+    found["validation_bits_per_byte"] = statistics.fmean(bits.values())
     if _JSON.value:
         print(json.dumps({"step": trained.step, **found}))
         return
     print(f"{model_dir}, step {trained.step}: held-out loss in nats a token")
     print_columns([f"{name:<16}{loss:6.3f}" for name, loss in found["loss_by_language"].items()])
     print(f"all languages: {found['validation_loss']:.3f}")
+    print(f"bits per byte, mean over languages: {found['validation_bits_per_byte']:.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

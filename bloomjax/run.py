@@ -14,7 +14,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 import bloomjax
-from bloomjax import decoding, flops
+from bloomjax import decoding, flops, language_report
 from bloomjax.checkpoints import Checkpoints, is_imported
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
@@ -266,9 +266,13 @@ class Run:
             scalars = {
                 k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"
             }
-            by_language = record.get("loss_by_language", {})
-            scalars |= {f"loss_by_language/{name}": loss for name, loss in by_language.items()}
+            for key in ("loss_by_language", "bits_per_byte_by_language", "epochs_by_language"):
+                scalars |= {f"{key}/{name}": x for name, x in record.get(key, {}).items()}
             self._writer.write_scalars(record["step"], scalars)
+            if "bits_per_byte_by_language" in record:
+                shares = language_report.declared_shares(self._data.mixture, record["samples"])
+                table = language_report.markdown_table(record, shares)
+                self._writer.write_texts(record["step"], {"languages": table})
 
     def save(self, state: TrainState) -> None:
         if self.step == 0:
@@ -310,11 +314,14 @@ class Run:
         return self._is_evaluated_here() and "loss_by_language" not in record
 
     def evaluate(self, eval_step, params, batches) -> None:
-        """Puts held-out loss into the record of this step."""
+        """Puts held-out loss and bits per byte, and the epochs so far, into the record of this step."""
         self._complete()
         record = self._pending or self._record()
         started = time.monotonic()
         record |= held_out_losses(eval_step, params, batches)
+        record |= language_report.at_evaluation(
+            record["loss_by_language"], self._data.mixture, self._data.sources, record["samples"]
+        )
         self._clock += time.monotonic() - started
         self._pending = record
 
@@ -381,6 +388,9 @@ def print_losses(metrics: MetricsFile) -> None:
     print_columns(cells)
     then, now = first["validation_loss"], last["validation_loss"]
     print(f"all languages: {then:.3f} -> {now:.3f} ({1 - now / then:.0%} lower)")
+    bits = [record.get("validation_bits_per_byte") for record in found]
+    if None not in bits:  # records of earlier versions have none
+        print(f"bits per byte, mean over languages: {bits[0]:.3f} -> {bits[1]:.3f}")
 
 
 def print_columns(cells: Sequence[str]) -> None:

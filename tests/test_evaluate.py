@@ -43,7 +43,9 @@ def test_for_a_person(command, undisturbed):
     out = command()[1]
     loss = tiny_run.records(undisturbed)[-1]["validation_loss"]
     assert "step 40: held-out loss in nats a token\naa " in out
-    assert out.endswith(f"all languages: {loss:.3f}\n")
+    bits = tiny_run.records(undisturbed)[-1]["validation_bits_per_byte"]
+    assert f"all languages: {loss:.3f}\n" in out
+    assert out.endswith(f"bits per byte, mean over languages: {bits:.3f}\n")
 
 
 def test_on_another_mesh_in_float32(command):

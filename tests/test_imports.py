@@ -21,7 +21,7 @@ LAYERS = (
     {"embedding"},
     {"model", "optimizer", "mixture", "mixture_weights", "phases", "token_store", "vocabulary"},
     {"hf"},
-    {"decoding", "hf_tokenizer"},
+    {"decoding", "hf_tokenizer", "vocabulary_report", "language_report"},
     {"train_step", "data", "checkpoints", "health", "metrics"},
     {"run", "preflight", "model_dir", "checkpoint_arrays", "hf_folder"},
     {"hf_verify"},
