@@ -1,6 +1,7 @@
 """The parameters of a checkpoint piece by piece, for export and import, which never hold a model in memory."""
 
 import contextlib
+import errno
 import math
 import os
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from flax.traverse_util import unflatten_dict
 
 from bloomjax.checkpoints import (
     block_fingerprint,
+    deleted_meanwhile,
     leaf_name,
     position_of,
     save_arguments,
     storage_spec,
 )
 from bloomjax.errors import BadInput
+
+_FINGERPRINT_BYTES = 1 << 26
 
 
 class ParamsReader:
@@ -59,9 +63,7 @@ class ParamsReader:
         array = self._open(path)
         with self._damage(path):
             block = np.ascontiguousarray(array[start:stop].read().result())
-        row_size = math.prod(array.shape[1:])
-        fingerprint = block_fingerprint(block, start * row_size)
-        self._sums[path] = (self._sums.get(path, 0) + fingerprint) % 2**32
+        self._sums[path] = (self._sums.get(path, 0) + _fingerprint(block, start)) % 2**32
         self._num_read[path] = self._num_read.get(path, 0) + stop - start
         if self._num_read[path] == array.shape[0]:
             if self._sums[path] != self._saved[leaf_name(path)]:
@@ -74,6 +76,8 @@ class ParamsReader:
         try:
             yield
         except (ValueError, OSError, KeyError) as error:
+            if not self._checkpoint.exists():
+                raise BadInput(deleted_meanwhile(self._checkpoint)) from error
             text = " ".join(str(error).split())[:200]
             raise BadInput(
                 f"checkpoint {self._checkpoint} is damaged: {'.'.join(path)}: {text}"
@@ -103,8 +107,7 @@ class ParamsWriter:
         """Rows [start, start + len(block)) of a parameter."""
         array = self._arrays[path]
         array[start : start + len(block)] = block
-        row_size = math.prod(array.shape[1:])
-        self._sums[path] += block_fingerprint(array[start : start + len(block)], start * row_size)
+        self._sums[path] += _fingerprint(array[start : start + len(block)], start)
 
     def save(self, directory: Path, position: dict[str, Any]) -> None:
         """Writes `directory`/0; `position` says where the parameters come from. `scratch` may then be deleted."""
@@ -126,10 +129,23 @@ class ParamsWriter:
                 "position": ocp.JsonCheckpointHandler(),
             },
         ) as manager:
-            manager.save(
-                0,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays, save_args=save_arguments(arrays)),
-                    position=ocp.args.JsonSave(position),
-                ),
-            )
+            try:
+                manager.save(
+                    0,
+                    args=ocp.args.Composite(
+                        state=ocp.args.PyTreeSave(arrays, save_args=save_arguments(arrays)),
+                        position=ocp.args.JsonSave(position),
+                    ),
+                )
+            except ValueError as error:  # of TensorStore
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
+
+
+def _fingerprint(rows: np.ndarray, first_row: int) -> int:
+    """The contribution of these rows to the fingerprint of their array, a little at a time: each part is copied."""
+    row_size = math.prod(rows.shape[1:])
+    step = max(1, _FINGERPRINT_BYTES // (row_size * rows.itemsize))
+    parts = range(0, len(rows), step)
+    return sum(block_fingerprint(rows[i : i + step], (first_row + i) * row_size) for i in parts)

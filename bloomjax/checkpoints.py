@@ -154,10 +154,10 @@ class Checkpoints:
                 position = self._restore_position(step)
                 check_position(position)
                 if is_imported(position) and from_params:
-                    params = self.restore_params(step, abstract_state.params)
-                    return from_params(params), position
-                self._check_arrays(step, abstract_state, position)
-                state = self._restore_state(step, abstract_state, position)
+                    state = from_params(self.restore_params(step, abstract_state.params))
+                else:
+                    self._check_arrays(step, abstract_state, position)
+                    state = self._restore_state(step, abstract_state, position)
             except BadInput:
                 raise
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
@@ -255,6 +255,9 @@ class Checkpoints:
         return state
 
     def _damage(self, step: int, error: Exception) -> str:
+        assert self.directory is not None
+        if not (self.directory / str(step)).exists():
+            return deleted_meanwhile(self.directory / str(step))
         text = re.sub(r"\s+", " ", str(error)).strip()
         return (
             f"checkpoint {self.directory}/{step} is damaged: {type(error).__name__}: {text[:200]}"
@@ -278,6 +281,14 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
+
+
+def deleted_meanwhile(checkpoint: Path) -> str:
+    """What to say of a checkpoint that is gone while it is read."""
+    return (
+        f"checkpoint {checkpoint} was deleted while it was read: a run keeps its newest ones "
+        "(Checkpoints.keep_last, keep_every_steps); take one that is kept"
+    )
 
 
 def is_imported(position: dict[str, Any]) -> bool:

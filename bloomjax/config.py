@@ -96,7 +96,12 @@ def call(
         message = str(error).split("\n  In call to configurable")[0]
         print(f"bloomjax: {message}", file=sys.stderr)
         result = 1
-    except BrokenPipeError:  # of `| head`; else Python would complain once more when it closes stdout
+    except KeyboardInterrupt:
+        print("bloomjax: interrupted", file=sys.stderr)
+        result = 130
+    except (
+        BrokenPipeError
+    ):  # of `| head`; else Python would complain once more when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         result = 1
     finally:

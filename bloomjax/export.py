@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bloomjax import config, hf, hf_folder, hf_tokenizer, hf_verify
 from bloomjax.checkpoint_arrays import ParamsReader
 from bloomjax.errors import BadInput
-from bloomjax.files import whole_folder
+from bloomjax.files import one_line_errors, whole_folder
 from bloomjax.model_dir import Trained, open_model_dir
 
 _FLAGS = flags.FlagValues()
@@ -64,19 +64,22 @@ def export() -> int:
         hf_verify.check_installed()
     jax.config.update("jax_platforms", "cpu")
     max_shard_bytes = parse_size(_MAX_SHARD_SIZE.value)
-    trained = open_model_dir(Path(_CHECKPOINT.value), _STEP.value)
+    with one_line_errors(f"cannot read {_CHECKPOINT.value}"):
+        trained = open_model_dir(Path(_CHECKPOINT.value), _STEP.value)
     output = trained.path / "hf" / str(trained.step)
     if _OUTPUT.value:
         output = Path(_OUTPUT.value)
-    if not _OVERWRITE.value and is_export_of(output, trained, _DTYPE.value):
+    check_output(output, trained)
+    files = small_files(trained, _DTYPE.value)
+    if not _OVERWRITE.value and is_export_of(output, trained, files, _DTYPE.value, max_shard_bytes):
         print(f"{output} holds this export already: step {trained.step} in {_DTYPE.value}")
     else:
-        write_folder(trained, output, _DTYPE.value, max_shard_bytes, _OVERWRITE.value)
+        write_folder(trained, output, files, _DTYPE.value, max_shard_bytes, _OVERWRITE.value)
     print("load it with:")
     print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
-    print(f'  model = AutoModelForCausalLM.from_pretrained("{output}")')
+    print(f"  model = AutoModelForCausalLM.from_pretrained({str(output)!r})")
     if trained.vocabulary:
-        print(f'  tokenizer = AutoTokenizer.from_pretrained("{output}")')
+        print(f"  tokenizer = AutoTokenizer.from_pretrained({str(output)!r})")
     is_equal = not _VERIFY.value or hf_verify.verify(trained, output, _DTYPE.value)
     return 0 if is_equal else 1
 
@@ -90,10 +93,15 @@ def parse_size(text: str) -> int:
     return size
 
 
-def write_folder(
-    trained: Trained, output: Path, dtype: str, max_shard_bytes: int, overwrite: bool
-) -> None:
-    """Makes `output` whole, or leaves what was there."""
+def check_output(output: Path, trained: Trained) -> None:
+    """BadInput for a place inside MODEL_DIR where something else belongs."""
+    for name in ("checkpoints", "vocabulary"):
+        if output.resolve().is_relative_to((trained.path / name).resolve()):
+            raise BadInput(f"{output} lies in {trained.path / name}; take another folder")
+
+
+def small_files(trained: Trained, dtype: str) -> dict[str, bytes]:
+    """Everything but the weights, by name. BadInput for a model or vocabulary that has no such form."""
     model = trained.model.config
     files = {
         hf_folder.CONFIG: _json(hf.to_hf_config(model, trained.sequence_length, dtype)),
@@ -103,8 +111,22 @@ def write_folder(
         files |= hf_tokenizer.tokenizer_files(
             trained.vocabulary, model_max_length_tokens=trained.sequence_length
         )
+    return files
+
+
+def write_folder(
+    trained: Trained,
+    output: Path,
+    files: dict[str, bytes],
+    dtype: str,
+    max_shard_bytes: int,
+    overwrite: bool,
+) -> None:
+    """Makes `output` whole, or leaves what was there."""
+    model = trained.model.config
     num_bytes = hf.NUMPY_DTYPES[dtype].itemsize * sum(t.num_elements for t in hf.tensors(model))
-    with whole_folder(output, overwrite=overwrite) as folder:
+    marks = (hf_folder.CONFIG, "*.safetensors")
+    with whole_folder(output, reads=trained.path, marks=marks, overwrite=overwrite) as folder:
         free_bytes = shutil.disk_usage(folder).free
         if num_bytes > free_bytes:
             raise BadInput(f"{output} needs {num_bytes:,} bytes, the disk has {free_bytes:,} left")
@@ -145,8 +167,10 @@ def stream(trained: Trained, dtype: str) -> Iterator[np.ndarray]:
 def _cast(block: np.ndarray, dtype: str, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = block.astype(hf.NUMPY_DTYPES[dtype], copy=False)
-    if dtype == "float16" and not np.isfinite(cast).all():
-        raise BadInput(f"{name} does not fit into float16; take --dtype=bfloat16")
+    if not np.isfinite(cast).all():
+        if np.isfinite(block).all():
+            raise BadInput(f"{name} does not fit into {dtype}; take --dtype=float32")
+        raise BadInput(f"{name} has values that are not finite")
     return cast
 
 
@@ -163,17 +187,20 @@ def fingerprint_of(trained: Trained) -> str:
     return "-".join(f"{saved[name]:08x}" for name in names)
 
 
-def is_export_of(output: Path, trained: Trained, dtype: str) -> bool:
-    """Whether `output` is a whole export of this checkpoint in `dtype`."""
+def is_export_of(
+    output: Path, trained: Trained, files: dict[str, bytes], dtype: str, max_shard_bytes: int
+) -> bool:
+    """Whether `output` is a whole export of this checkpoint, in `dtype` and in files of this size."""
     try:
-        metadata = hf_folder.metadata(output)
-        hf_config = hf_folder.read_json(output / hf_folder.CONFIG)
+        source = hf_folder.metadata(output).get(_SOURCE)
+        same = all((output / name).read_bytes() == content for name, content in files.items())
+        hf_folder.HFFolder(output)  # every tensor is there
     except (BadInput, OSError):
         return False
-    same = metadata.get(_SOURCE) == fingerprint_of(trained)
-    return same and hf_config == hf.to_hf_config(
-        trained.model.config, trained.sequence_length, dtype
-    )
+    itemsize = hf.NUMPY_DTYPES[dtype].itemsize
+    shards = hf_folder.plan_shards(hf.tensors(trained.model.config), itemsize, max_shard_bytes)
+    num_files = len(list(output.glob("*.safetensors")))
+    return same and source == fingerprint_of(trained) and num_files == len(shards)
 
 
 def _json(value: object) -> bytes:

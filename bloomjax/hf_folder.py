@@ -1,6 +1,6 @@
 """A folder with a Hugging Face model: its safetensors are read warily and written in a stream.
 
-Nothing but JSON and safetensors is ever opened: no pickle, no code, nothing remote.
+Weights come from safetensors alone: no pickle, no code, nothing remote.
 """
 
 import dataclasses
@@ -67,7 +67,13 @@ class HFFolder:
 
     def _shards(self) -> list[Path]:
         if (self.path / INDEX).exists():
-            return [self.path / name for name in sorted(set(self._weight_map().values()))]
+            names = set(self._weight_map().values())
+            single = self.path / "model.safetensors"
+            if single.name not in names and single.exists():  # which transformers would read
+                raise BadInput(
+                    f"{single} lies beside {INDEX}, which does not name it; delete the older of both"
+                )
+            return [self.path / name for name in sorted(names)]
         found = sorted(self.path.glob("*.safetensors"))
         if not found:
             pickled = sorted(p.name for p in self.path.glob("*.bin"))

@@ -10,6 +10,7 @@ needs transformers 4.45 or later, since merges of pieces with spaces are written
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import sentencepiece
@@ -94,12 +95,12 @@ def find_vocabulary(folder: Path) -> Path | None:
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}")
     model, tokenizer_json = folder / "tokenizer.model", folder / "tokenizer.json"
-    if model.exists():
+    if os.path.lexists(model):
         ours = open_vocabulary(model)
-        if tokenizer_json.exists():
+        if os.path.lexists(tokenizer_json):
             _check_same(ours, open_vocabulary(tokenizer_json))
         return model
-    if tokenizer_json.exists():
+    if os.path.lexists(tokenizer_json):
         open_vocabulary(tokenizer_json)
         return tokenizer_json
     if there := [name for name in _OTHER_TOKENIZER_FILES if (folder / name).exists()]:

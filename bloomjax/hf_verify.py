@@ -66,7 +66,12 @@ def verify(trained: Trained, folder: Path, dtype: str) -> bool:
     )
     if trained.vocabulary is None:
         return same
-    wrong = [text for text in _TEXTS if their_ids(folder, text) != trained.vocabulary.encode(text)]
+    theirs = their_ids(folder, _TEXTS)
+    wrong = [
+        text
+        for text, ids in zip(_TEXTS, theirs, strict=True)
+        if ids != trained.vocabulary.encode(text)
+    ]
     found = f"other token ids for {wrong[0]!r}" if wrong else "the same token ids"
     print(f"verify: AutoTokenizer gives {found}")
     return same and not wrong
@@ -116,11 +121,11 @@ def their_logits(folder: Path, rows: Sequence[Sequence[int]]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def their_ids(folder: Path, text: str) -> list[int]:
+def their_ids(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Token ids that AutoTokenizer gives."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    return tokenizer(text)["input_ids"]
+    return [tokenizer(text)["input_ids"] for text in texts]

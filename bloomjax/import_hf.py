@@ -1,9 +1,11 @@
 """A Hugging Face BLOOM as a checkpoint: `python -m bloomjax.import_hf --input=DIR --output=MODEL_DIR`.
 
-The result is a MODEL_DIR at step 0: `train` goes on from it, `generate` and `export` read it. Reads safetensors and
-JSON only. The weights pass through memory one tensor at a time.
+The result is a MODEL_DIR at step 0: `train` goes on from it, `generate` and `export` read it. Nothing of the folder is
+executed. The weights pass through memory one tensor at a time.
 """
 
+import contextlib
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +18,9 @@ from tqdm import tqdm
 from bloomjax import config, hf, hf_tokenizer, hf_verify
 from bloomjax.checkpoint_arrays import ParamsWriter
 from bloomjax.errors import BadInput
-from bloomjax.files import whole_folder
+from bloomjax.files import one_line_errors, whole_folder
 from bloomjax.hf_folder import HFFolder
+from bloomjax.metrics import lock_model_dir
 from bloomjax.model_dir import open_model_dir
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
@@ -44,9 +47,14 @@ def import_hf() -> int:
     if _VERIFY.value:
         hf_verify.check_installed()
     jax.config.update("jax_platforms", "cpu")
-    source, output = HFFolder(Path(_INPUT.value)), Path(_OUTPUT.value)
-    vocabulary = find_vocabulary(source)
-    num = write_model_dir(source, vocabulary, output, overwrite=_OVERWRITE.value)
+    output = Path(_OUTPUT.value)
+    with one_line_errors(f"cannot read {_INPUT.value}"):
+        source = HFFolder(Path(_INPUT.value))
+        vocabulary = find_vocabulary(source)
+    with one_line_errors(f"cannot write {output}"), contextlib.ExitStack() as stack:
+        if _OVERWRITE.value and (output / "checkpoints").is_dir():
+            stack.enter_context(lock_model_dir(output))  # a run may be going on there
+        num = write_model_dir(source, vocabulary, output, overwrite=_OVERWRITE.value)
     print(
         f"{output}: {num:,} parameters of {source.path} ({', '.join(sorted(source.dtypes))}) in float32"
     )
@@ -57,9 +65,9 @@ def import_hf() -> int:
     else:
         print(f"{source.path} has no tokenizer: give --gin.VOCABULARY when you train")
     print("go on training with:")
+    gin_file = shlex.quote(f"--gin_file={output}/config.gin")
     print(
-        f"  python -m bloomjax.train --gin_file={output}/config.gin --gin_file=continue.gin "
-        "--gin.TEXT_DIR=\"'my_text'\""
+        f"  python -m bloomjax.train {gin_file} --gin_file=continue.gin --gin.TEXT_DIR=\"'my_text'\""
     )
     is_equal = not _VERIFY.value or hf_verify.verify(open_model_dir(output), source.path, "float32")
     return 0 if is_equal else 1
@@ -83,7 +91,8 @@ def write_model_dir(
 ) -> int:
     """Makes `output` whole, or leaves what was there; the number of parameters."""
     num = sum(tensor.num_elements for tensor in source.tensors)
-    with whole_folder(output, overwrite=overwrite) as folder:
+    marks = ("config.gin", "checkpoints")
+    with whole_folder(output, reads=source.path, marks=marks, overwrite=overwrite) as folder:
         # The numbers as they arrive, and the checkpoint that is made of them.
         needed_bytes, free_bytes = 2 * 4 * num, shutil.disk_usage(folder).free
         if needed_bytes > free_bytes:
@@ -144,12 +153,15 @@ def gin_config(source: HFFolder, vocabulary: Vocabulary | None, model_dir: Path)
         f"BloomConfig.layer_norm_epsilon = {c.layer_norm_epsilon}",
         f"BloomConfig.hidden_dropout_rate = {c.hidden_dropout_rate}",
         f"BloomConfig.attention_dropout_rate = {c.attention_dropout_rate}",
+        "# The weights and the vocabulary are in MODEL_DIR: nothing is made anew if it is not found.",
+        "train.needs_checkpoint = True",
+        "prepare.makes_vocabulary = False",
+        f"prepare.vocab_size = {vocabulary.size if vocabulary else c.vocab_size}",
     ]
     if vocabulary:
         lines += [
             f"BloomConfig.num_tokens_in_vocab = {vocabulary.size}",
             f"VOCABULARY = {str(model_dir / 'vocabulary' / vocabulary.path.name)!r}",
-            f"prepare.vocab_size = {vocabulary.size}",
         ]
     return "\n".join(lines) + "\n"
 

@@ -112,7 +112,9 @@ class Run:
     def _check_position(self, position: dict[str, Any]) -> None:
         for kind, mine in self._identity(position["samples"]).items():
             theirs = position[kind]
-            names = [n for n in mine if n in theirs] if is_imported(position) else mine | theirs
+            names = mine | theirs
+            if is_imported(position):  # what it does not know it cannot contradict
+                names = [name for name in mine if theirs.get(name) is not None]
             changed = [name for name in names if mine.get(name) != theirs.get(name)]
             if changed:
                 was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
@@ -154,6 +156,10 @@ class Run:
             self.step = position["step"]
             if is_imported(position):
                 self._origin = f"starts from {position['imported']['source']}"
+                self._chain = self._chain_before = (
+                    0,
+                    0,
+                )  # a damaged checkpoint may have been looked at
                 self._metrics.resume_after(-1)
                 return state
         self._metrics.resume_after(self.step if state else -1)

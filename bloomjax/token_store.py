@@ -9,9 +9,11 @@ documents of each language are the split 'validation', the others 'train' (BLOOM
 5 % by document index). Every inner chunk and every shard index carries a crc32c, the manifest the
 SHA-256 of each array description and of the tokens.
 
-A store is immutable: `build_store` makes it under another name and renames it at the end.
+A store is a local folder or a URL that TensorStore has a driver for: file://, gs://, s3://.
+It is immutable: `build_store` makes it under another name and renames it at the end.
 """
 
+import array
 import contextlib
 import dataclasses
 import hashlib
@@ -21,9 +23,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore
@@ -44,6 +46,8 @@ _MISSING = (1 << 32) - 1  # fill value: no vocabulary reaches it, so a hole cann
 _DOCUMENTS_PER_BATCH = 256
 _WINDOWS_IN_FLIGHT = 256
 _VERIFY_BLOCK_TOKENS = 1 << 20
+# One for all stores: limits of concurrency, credentials, and what memory:// keeps.
+_STORAGE = tensorstore.Context()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +80,53 @@ def check_holdout_fraction(holdout_fraction: float) -> None:
         raise BadInput(f"the held-out fraction must be at least 0 and below 1: {holdout_fraction}")
 
 
+class Documents(NamedTuple):
+    """Tokenised documents, each with its `</s>`, end to end.
+
+    Attributes:
+      tokens: uint32 [num_tokens].
+      lengths: tokens of each document, uint64 [num_documents].
+      num_bytes: bytes of UTF-8 of each document, uint64 [num_documents].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    num_bytes: np.ndarray
+
+
+def tokenise(texts: Sequence[str], vocabulary: Vocabulary, *, threads: bool = True) -> Documents:
+    """The documents `texts` as tokens; without `threads` nothing beyond the caller's core is used."""
+    if threads:
+        ids = vocabulary.encode_batch(texts)
+    else:
+        ids = map(vocabulary.encode, texts)
+    tokens = array.array("I")  # fills twice as fast as a numpy array does
+    lengths = np.empty(len(texts), np.uint64)
+    for number, document in enumerate(ids):
+        tokens.fromlist(document)
+        tokens.append(vocabulary.eos_id)
+        lengths[number] = len(document) + 1
+    num_bytes = np.array([len(text.encode()) for text in texts], np.uint64)
+    return Documents(np.array(tokens, np.uint32), lengths, num_bytes)
+
+
 # --- Writing -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def build_store(path: str | os.PathLike[str]) -> Iterator[str]:
+def build_store(
+    path: str | os.PathLike[str], *, partial: str | os.PathLike[str] | None = None
+) -> Iterator[str]:
     """Gives a folder to write a store into; it becomes `path` when the block ends without an error.
 
-    The block calls `write_language` for each language and `write_manifest` last. A local folder is
-    built beside `path` and renamed; on object storage, where nothing can be renamed, the manifest
-    makes the store.
+    The block calls `write_language` or `write_tokens` for each language and `write_manifest` last.
+    A local folder is built beside `path` and renamed; on object storage, where nothing can be
+    renamed, the manifest makes the store.
+
+    Args:
+      path: the store to make.
+      partial: the folder to build a local store in, on the same disk; what a killed process left
+        there is deleted. By default a new one with a name of its own.
 
     Raises:
       BadInput: `path` exists already, or its parent cannot be written.
@@ -100,20 +141,25 @@ def build_store(path: str | os.PathLike[str]) -> Iterator[str]:
         raise BadInput(f"{local} exists already and is not overwritten")
     try:
         local.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{local.name}.partial-", dir=local.parent))
-        partial.chmod(0o755)
+        if partial is None:
+            folder = Path(tempfile.mkdtemp(prefix=f"{local.name}.partial-", dir=local.parent))
+            folder.chmod(0o755)
+        else:
+            folder = Path(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
     except OSError as error:
         raise BadInput(f"cannot write beside {local}: {error.strerror}") from None
     try:
-        yield str(partial)
-        if not (partial / _MANIFEST).is_file():
+        yield str(folder)
+        if not (folder / _MANIFEST).is_file():
             raise RuntimeError("write_manifest was not called")
         try:
-            os.rename(partial, local)
+            os.rename(folder, local)
         except OSError as error:
             raise BadInput(f"cannot name the store {local}: {error.strerror}") from None
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -126,11 +172,9 @@ def write_language(
     num_documents: int | None = None,
     holdout_fraction: float = 0.05,
     sources: Sequence[SourceFile] = (),
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Tokenises the documents of one language into its arrays below `root`.
 
-    Independent of every other language, so that languages can be written by different processes.
     Documents of nothing but whitespace are skipped and counted.
 
     Args:
@@ -141,7 +185,57 @@ def write_language(
       num_documents: number of documents with text; without it all of them are held in memory.
       holdout_fraction: share of the documents, at the end, that become the validation split.
       sources: the files the documents come from, for the manifest.
-      progress: called now and then with the documents and tokens so far.
+
+    Returns:
+      The entry of the language for `write_manifest`.
+
+    Raises:
+      BadInput: as `write_tokens`.
+    """
+    if num_documents is None:
+        documents = list(documents)
+        num_documents = sum(not is_blank(text) for text in documents)
+    num_skipped = 0
+
+    def pieces() -> Iterator[Documents]:
+        nonlocal num_skipped
+        for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
+            texts = [text for text in batch if not is_blank(text)]
+            num_skipped += len(batch) - len(texts)
+            yield tokenise(texts, vocabulary)
+
+    entry = write_tokens(
+        root, language, pieces(), num_documents=num_documents,
+        holdout_fraction=holdout_fraction, sources=sources,
+    )  # fmt: skip
+    return entry | {"num_skipped_documents": num_skipped}
+
+
+def write_tokens(
+    root: str | os.PathLike[str],
+    language: str,
+    pieces: Iterable[Documents],
+    *,
+    num_documents: int,
+    num_skipped_documents: int = 0,
+    num_bad_documents: int = 0,
+    holdout_fraction: float = 0.05,
+    sources: Sequence[SourceFile] = (),
+) -> dict[str, Any]:
+    """Writes the tokenised documents of one language into its arrays below `root`.
+
+    Independent of every other language, so that languages can be written by different processes.
+    How the documents are cut into pieces makes no difference to what is written.
+
+    Args:
+      root: the folder from `build_store`.
+      language: label of letters, digits, '_' and '-'.
+      pieces: the documents in source order.
+      num_documents: number of documents in all pieces.
+      num_skipped_documents, num_bad_documents: number of blank documents, and of those that could
+        not be read, which are not among them; for the manifest.
+      holdout_fraction: share of the documents, at the end, that become the validation split.
+      sources: the files the documents come from, for the manifest.
 
     Returns:
       The entry of the language for `write_manifest`.
@@ -153,34 +247,31 @@ def write_language(
     if not _LABEL.fullmatch(language):
         raise BadInput(f"'{language}' is no language label: use letters, digits, '_' and '-'")
     check_holdout_fraction(holdout_fraction)
-    if num_documents is None:
-        documents = list(documents)
-        num_documents = sum(not is_blank(text) for text in documents)
     if num_documents < 2:
         raise BadInput(
             f"'{language}' has {num_documents} documents; it needs 2, to train and to validate"
         )
     num_train = num_documents - num_holdout_documents(num_documents, holdout_fraction)
     writers = {split: _SplitWriter(root, language, split) for split in SPLITS}
-    num_written = num_skipped = num_tokens = 0
-    for batch in _batched(documents, _DOCUMENTS_PER_BATCH):
-        texts = [text for text in batch if not is_blank(text)]
-        num_skipped += len(batch) - len(texts)
-        ids = [[*document, vocabulary.eos_id] for document in vocabulary.encode_batch(texts)]
-        num_to_train = min(max(num_train - num_written, 0), len(texts))
-        writers[TRAIN].append(texts[:num_to_train], ids[:num_to_train])
-        writers[VALIDATION].append(texts[num_to_train:], ids[num_to_train:])
-        num_written += len(texts)
-        num_tokens += sum(map(len, ids))
-        if progress is not None:
-            progress(num_written, num_tokens)
+    num_written = 0
+    for tokens, lengths, num_bytes in pieces:
+        num_to_train = min(max(num_train - num_written, 0), len(lengths))
+        cut = int(lengths[:num_to_train].sum())
+        writers[TRAIN].append(
+            Documents(tokens[:cut], lengths[:num_to_train], num_bytes[:num_to_train])
+        )
+        writers[VALIDATION].append(
+            Documents(tokens[cut:], lengths[num_to_train:], num_bytes[num_to_train:])
+        )
+        num_written += len(lengths)
     if num_written != num_documents:
         raise BadInput(
             f"'{language}' gave {num_written} documents, not the {num_documents} counted before: "
             f"its text changed meanwhile"
         )
     return {
-        "num_skipped_documents": num_skipped,
+        "num_skipped_documents": num_skipped_documents,
+        "num_bad_documents": num_bad_documents,
         "sources": [dataclasses.asdict(source) for source in sources],
         "splits": {split: writer.close() for split, writer in writers.items()},
     }
@@ -249,12 +340,11 @@ class _SplitWriter:
         self._ends = _ArrayWriter(root, _array_name(language, split, "document_ends"), np.uint64)
         self._num_bytes = 0
 
-    def append(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
-        self._num_bytes += sum(len(text.encode()) for text in texts)
-        lengths = np.array([len(document) for document in ids], np.uint64)
-        self._ends.append(np.uint64(self._tokens.length) + np.cumsum(lengths, dtype=np.uint64))
-        tokens = itertools.chain.from_iterable(ids)
-        self._tokens.append(np.fromiter(tokens, np.uint32, int(lengths.sum())))
+    def append(self, documents: Documents) -> None:
+        ends = np.cumsum(documents.lengths, dtype=np.uint64)
+        self._ends.append(np.uint64(self._tokens.length) + ends)
+        self._tokens.append(documents.tokens)
+        self._num_bytes += int(documents.num_bytes.sum())
 
     def close(self) -> dict[str, Any]:
         tokens, ends = self._tokens.close(), self._ends.close()
@@ -445,6 +535,34 @@ class TokenStore:
         future = self._array(language, split, "document_ends").read()
         return self._result(future, language, split, 0, self.num_tokens(language, split))
 
+    def document_of(self, language: str, split: str, token: int) -> tuple[int, int]:
+        """The document that token number `token` of a split belongs to.
+
+        Reads some chunks of the index, however many documents there are.
+
+        Returns:
+          The number of the document in its split, from 0, and the number of its first token. In the
+          order of the source, without blank documents, validation goes on where train ends.
+
+        Raises:
+          BadInput: the index is damaged or cannot be read.
+          IndexError: there is no such token.
+        """
+        if not 0 <= token < self.num_tokens(language, split):
+            raise IndexError(
+                f"token {token} of {self.num_tokens(language, split)} of {language} {split}"
+            )
+        ends = self._array(language, split, "document_ends")
+
+        def end_of(document: int) -> int:
+            return int(self._result(ends[document].read(), language, split, token, token + 1))
+
+        low, high = 0, self.num_documents(language, split) - 1
+        while low < high:  # the first document that ends behind the token
+            middle = (low + high) // 2
+            low, high = (low, middle) if end_of(middle) > token else (middle + 1, high)
+        return low, end_of(low - 1) if low else 0
+
     def verify(self) -> None:
         """Reads every byte of the store from the disk and checks it.
 
@@ -456,16 +574,19 @@ class TokenStore:
             raise BadInput(f"{self.path} was replaced by another store since it was opened")
         for language in fresh.languages:
             for split in SPLITS:
-                fresh._verify_split(language, split)
+                fresh.verify_split(language, split)
 
-    def _verify_split(self, language: str, split: str) -> None:
+    def verify_split(self, language: str, split: str) -> None:
+        """`verify` of one split; what is in the cache is not read again, so open with cache_bytes=0."""
         expected = self._split(language, split)
         where = f"{self.path}: {language} {split}"
         digest = hashlib.sha256()
         eos_positions = []
         num_tokens = expected["num_tokens"]
         ends = self.read_document_ends(language, split)
-        eos_id = int(self.read(language, split, num_tokens - 1, num_tokens)[0])
+        chunk = _CHUNK_BYTES // 4
+        last_chunk = self.read(language, split, (num_tokens - 1) // chunk * chunk, num_tokens)
+        eos_id = last_chunk[-1]
         for start in range(0, num_tokens, _VERIFY_BLOCK_TOKENS):
             stop = min(start + _VERIFY_BLOCK_TOKENS, num_tokens)
             tokens = self._read_block(language, split, start, stop)
@@ -635,7 +756,7 @@ def _array_name(language: str, split: str, kind: str) -> str:
 
 
 def _context(cache_bytes: int) -> tensorstore.Context:
-    return tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    return tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}}, parent=_STORAGE)
 
 
 def _local_path(path: str | os.PathLike[str]) -> Path | None:
@@ -656,7 +777,7 @@ def _kvstore(path: str | os.PathLike[str], name: str = "") -> Any:
 
 def _open_kvstore(spec: Any, path: str | os.PathLike[str]) -> tensorstore.KvStore:
     try:
-        return tensorstore.KvStore.open(spec).result()
+        return tensorstore.KvStore.open(spec, context=_STORAGE).result()
     except Exception as error:
         raise BadInput(f"cannot open {path}: {_reason(error)}") from None
 

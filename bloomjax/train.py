@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bloomjax import config, partitioning
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.data import EvalData, TrainData, check_filled_shares
+from bloomjax.errors import BadInput
 from bloomjax.health import StopSignals
 from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
@@ -53,6 +54,7 @@ def train(
     eval_every_steps: int,
     train_steps: int | None = None,
     train_samples: int | None = None,
+    needs_checkpoint: bool = False,
     prepare: Callable[..., Any] | None = None,
     text_dir: str | None = None,
     writer: Callable[[str, int], ScalarWriter] | None = None,
@@ -68,6 +70,7 @@ def train(
       step: microbatches and the like.
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
+      needs_checkpoint: refuse to start anew; of an imported model.
       prepare: if bound, a missing store is made, by `python -m bloomjax.prepare` with the same flags.
       text_dir: if given, that also checks that an existing store was made from this text.
       writer: makes the TensorBoard writer of a folder, given the first step it will see.
@@ -113,6 +116,10 @@ def train(
         checkpoints=checkpoints, writer=writer, config_text=config.operative_config(),
     ) as run:  # fmt: skip
         state = run.restore(abstract, from_params)
+        if state is None and needs_checkpoint:
+            raise BadInput(
+                f"{model_dir} has no checkpoint to go on from; was it moved? set --gin.MODEL_DIR"
+            )
         if state is None:
             state = init(seed)
         run.announce(state, filled)

@@ -129,8 +129,8 @@ class SentencePieceVocabulary:
         return self._model.encode(list(texts), num_threads=-1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; invalid UTF-8 from byte tokens becomes U+FFFD."""
-        return self._model.decode([int(i) for i in ids])
+        """Text of `ids`; invalid UTF-8 from byte tokens becomes U+FFFD, padding rows of a model vanish."""
+        return self._model.decode([i for i in map(int, ids) if i < self.size])
 
 
 class ByteLevelBPEVocabulary:
@@ -158,14 +158,15 @@ class ByteLevelBPEVocabulary:
             raise BadInput(f"{self.path} is not a tokenizer.json: {_one_line(error)}") from None
         found = (self._tokenizer.token_to_id(name) for name in _SPECIAL_TOKENS)
         _check_special_ids(self.path, *found)
+        self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     @property
     def size(self) -> int:
-        """Number of token ids, added tokens included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """Number of token ids, added tokens included, and ids in between that name nothing."""
+        return self._size
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without `<s>` and `</s>`."""

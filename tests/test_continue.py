@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import hf_folders
 import numpy as np
@@ -127,3 +129,60 @@ def test_an_import_that_was_damaged_since(source, tiny_text, tmp_path):
     largest.write_bytes(data)
     with pytest.raises(BadInput, match="checkpoints/0 is damaged: "):
         tiny_run.run(tiny_text, tmp_path / "run", train_steps=2)
+
+
+def test_back_to_the_import_when_all_else_is_damaged(source, tiny_text, tmp_path):
+    """The damaged checkpoint is put aside, so that its step can be saved again."""
+    do_import(source, tmp_path / "run", tiny_text.vocabulary)
+    assert float32_run(tiny_text, tmp_path / "run", train_steps=10) == 0
+    state = tmp_path / "run" / "checkpoints" / "10" / "state"
+    largest = max(state.rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    assert float32_run(tiny_text, tmp_path / "run", train_steps=10) == 0
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"0", "10", "damaged-10"}
+    assert float32_run(tiny_text, tmp_path / "run", train_steps=12) == 0
+    assert [r["step"] for r in tiny_run.records(tmp_path / "run")] == list(range(13))
+
+
+def test_without_a_tokenizer(source, tiny_text, tmp_path):
+    """Any vocabulary will do: the import knows of none."""
+    do_import(source, tmp_path / "run")
+    assert float32_run(tiny_text, tmp_path / "run", train_steps=2) == 0
+    gin = (tmp_path / "run" / "config.gin").read_text()
+    assert "prepare.vocab_size = 320" in gin and "VOCABULARY =" not in gin
+
+
+def test_a_moved_import_does_not_begin_anew(source, tiny_text, tmp_path):
+    do_import(source, tmp_path / "run", tiny_text.vocabulary)
+    text_dir = tmp_path / "my_text"
+    text_dir.mkdir()
+    (text_dir / "en.txt").write_text("\n\n".join(["ba ke li mo nu ra se ti " * 20] * 6))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    command = [
+        sys.executable, "-m", "bloomjax.train", f"--gin_file={tmp_path}/moved/config.gin",
+        "--gin_file=continue.gin", f"--gin.TEXT_DIR='{text_dir}'", "--gin.SEQUENCE_LENGTH=16",
+        "--gin.TRAIN_STEPS=1", "--gin.BATCH_SIZE=8",
+    ]  # fmt: skip
+    environment = {k: v for k, v in tiny_run.environment().items() if k != "PYTHONPATH"}
+    environment["PYTHONPATH"] = str(tiny_run.REPOSITORY)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert f"there is no vocabulary {tmp_path}/run/vocabulary/tokenizer.model" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "moved", "my_text"]
+    there = [
+        *command,
+        f"--gin.MODEL_DIR='{tmp_path}/moved'",
+        f"--gin.STORE_DIR='{tmp_path}/tokens'",
+    ]
+    there.append(f"--gin.VOCABULARY='{tmp_path}/moved/vocabulary/tokenizer.model'")
+    result = subprocess.run(there, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"starts from {source}" in result.stdout
+
+
+def test_no_checkpoint_where_one_is_needed(tiny_text, tmp_path):
+    with pytest.raises(BadInput, match="has no checkpoint to go on from; was it moved"):
+        tiny_run.run(tiny_text, tmp_path / "run", train_steps=1, needs_checkpoint=True)

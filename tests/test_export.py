@@ -16,8 +16,10 @@ import pytest
 import reference_bloom
 import tiny_run
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from bloomjax import export, import_hf
+from bloomjax import export, files, hf_folder, hf_verify, import_hf
+from bloomjax import model_dir as model_dir_module
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.errors import BadInput
 from bloomjax.optimizer import adamw
@@ -36,6 +38,7 @@ def command(capsys):
         out, err = capsys.readouterr()
         return end.value.code, out, err
 
+    call.capsys = capsys
     return call
 
 
@@ -264,7 +267,7 @@ def test_flags_that_are_wrong(command, own_run, tmp_path):
         ((f"--checkpoint={tmp_path}/none",), "none is no MODEL_DIR of a run: it has no config.gin"),
         ((f"--checkpoint={own_run}", "--step=7"), "no checkpoint of step 7 in"),
         ((f"--checkpoint={own_run}", "--dtype=int8"), "should be one of <float32|bfloat16|float16>"),
-        ((f"--checkpoint={own_run}", f"--output={own_run}/config.gin"), "exists already; and is no folder"),
+        ((f"--checkpoint={own_run}", f"--output={own_run}/config.gin"), "exists already and is no folder"),
         ((f"--checkpoint={own_run}", f"--output={own_run}/config.gin/x"), "cannot write"),
     ]:  # fmt: skip
         code, _, err = command(export, *flags)
@@ -302,6 +305,135 @@ def test_what_is_exported_comes_back(command, own_run, tiny_text):
     assert (code, err) == (0, "") and "vocabulary: tokenizer.model, 320 tokens" in out
     command(export, f"--checkpoint={own_run}/back", f"--output={own_run}/again")
     assert_same(hf_folders.read(own_run / "again"), hf_folders.read(own_run / "hf" / "40"))
+
+
+def test_a_broken_folder_is_no_export(command, own_run):
+    flags = f"--checkpoint={own_run}", "--max_shard_size=30KB"
+    assert command(export, *flags)[0] == 0
+    assert "holds this export already" in command(export, *flags)[1]
+    output = own_run / "hf" / "40"
+    one_file = command(export, f"--checkpoint={own_run}")
+    assert one_file[0] == 1 and "exists already; --overwrite replaces it" in one_file[2]
+    for name in ("tokenizer.json", sorted(output.glob("model-*"))[1].name):
+        kept = (output / name).read_bytes()
+        (output / name).unlink()
+        assert command(export, *flags)[0] == 1
+        (output / name).write_bytes(kept[: len(kept) // 2])
+        assert command(export, *flags)[0] == 1
+        (output / name).write_bytes(kept)
+    assert command(export, *flags)[0] == 0
+    (output / "tokenizer.json").unlink()
+    assert command(export, *flags, "--overwrite")[0] == 0
+    assert (output / "tokenizer.json").exists()
+
+
+def test_overwrite_replaces_nothing_else(command, own_run, tmp_path):
+    before = tiny_run.tree(own_run)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for output, message in [
+        (own_run, "which is to be read; take another folder"),
+        (tmp_path, "which is to be read; take another folder"),
+        (own_run / "checkpoints", "take another folder"),
+        (own_run / "checkpoints" / "99", "lies in"),
+        (own_run / "vocabulary" / "hf", "lies in"),
+        (tmp_path / "mine", "is not replaced: it has no config.json and no *.safetensors"),
+    ]:
+        flags = f"--checkpoint={own_run}", f"--output={output}", "--overwrite"
+        code, _, err = command(export, *flags)
+        assert code == 1 and message in err and err.count("\n") == 1, err
+    assert tiny_run.tree(own_run) == before
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert sorted(os.listdir(tmp_path)) == ["mine", "run"]
+
+
+def test_what_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(BadInput, match="out exists already; --overwrite replaces it"):
+        with files.whole_folder(tmp_path / "out", reads=tmp_path / "x", marks=()) as folder:
+            (folder / "new").write_text("")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis").write_text("")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["thesis"]
+
+
+def test_a_swap_that_fails_keeps_the_old(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("old")
+    rename = Path.rename
+
+    def failing(self, target):
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(BadInput, match="cannot write .*out: Input/output error"):
+        marks = ("config.json",)
+        with files.whole_folder(
+            tmp_path / "out", reads=tmp_path / "x", marks=marks, overwrite=True
+        ) as folder:
+            (folder / "config.json").write_text("new")
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_terminated_in_the_middle(own_run):
+    """SIGTERM leaves nothing behind; what an earlier kill left is named."""
+    code = (
+        "import os, signal; from bloomjax import export, hf_folder\n"
+        "def stop(*_): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "hf_folder.write_tensors = stop\n"
+        f"export.main(['export', '--checkpoint={own_run}'])"
+    )
+    result = tiny_run.execute([sys.executable, "-c", code])
+    assert result.returncode == 143, result.stderr
+    assert os.listdir(own_run / "hf") == []
+    (own_run / "hf" / "40.partial-abc").mkdir()
+    result = tiny_run.execute([sys.executable, "-m", "bloomjax.export", f"--checkpoint={own_run}"])
+    assert result.returncode == 0 and "40.partial-abc is of a run that was killed" in result.stderr
+
+
+def test_a_checkpoint_that_a_run_deletes_meanwhile(command, own_run, monkeypatch):
+    plan = hf_folder.plan_shards
+
+    def deleting(*arguments):
+        shutil.rmtree(own_run / "checkpoints" / "40")
+        return plan(*arguments)
+
+    monkeypatch.setattr(hf_folder, "plan_shards", deleting)
+    code, _, err = command(export, f"--checkpoint={own_run}", "--step=40")
+    assert code == 1 and "checkpoints/40 was deleted while it was read" in err, err
+    assert os.listdir(own_run / "hf") == []
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers
+def test_verify_sees_a_weight_and_a_token(command, own_run, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    output = tmp_path / "hf"
+    flags = f"--checkpoint={own_run}", f"--output={output}", "--verify"
+    code, out, _ = command(export, *flags)
+    assert code == 0 and ": equal\n" in out and "AutoTokenizer gives the same token ids" in out
+    whole = (output / "tokenizer.json").read_text()
+    other = json.loads(whole)
+    ids = other["model"]["vocab"]
+    ids["a"], ids["e"] = ids["e"], ids["a"]
+    trained = model_dir_module.open_model_dir(own_run)
+    (output / "tokenizer.json").write_text(json.dumps(other))
+    assert not hf_verify.verify(trained, output, "float32")
+    assert "AutoTokenizer gives other token ids for" in capture(command)
+    (output / "tokenizer.json").write_text(whole)
+    assert hf_verify.verify(trained, output, "float32")
+    tensors = {f"transformer.{n}": x.copy() for n, x in hf_folders.read(output).items()}
+    tensors["transformer.h.1.mlp.dense_h_to_4h.weight"][3, 4] += 0.5
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    assert not hf_verify.verify(trained, output, "float32")
+    assert "NOT EQUAL" in capture(command)
+
+
+def capture(command):
+    """What was printed since the last command."""
+    return command.capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from bloomjax import export, import_hf, model_dir
+from bloomjax.metrics import lock_model_dir
 from bloomjax.vocabulary import train_byte_level_bpe
 
 
@@ -148,6 +149,51 @@ def test_an_existing_output_is_kept_or_swapped_whole(tmp_path, command):
     assert command(import_hf, *flags, "--overwrite")[0] == 0
     assert not (output / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "run"]
+
+
+def test_overwrite_replaces_nothing_else(tmp_path, command):
+    source = hf_folders.write(tmp_path / "in", hf_folders.random_tensors(), hf_folders.config())
+    before = sorted(source.iterdir())
+    for output, message in [(source, "which is to be read"), (tmp_path, "which is to be read")]:
+        code, _, err = command(import_hf, f"--input={source}", f"--output={output}", "--overwrite")
+        assert code == 1 and message in err, err
+    assert sorted(source.iterdir()) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").write_text("")
+    flags = f"--input={source}", f"--output={tmp_path / 'mine'}", "--overwrite"
+    code, _, err = command(import_hf, *flags)
+    assert code == 1 and "is not replaced: it has no config.gin and no checkpoints" in err
+    # A run in the folder holds its lock.
+    imported(source, tmp_path / "run", command)
+    lock = lock_model_dir(tmp_path / "run")
+    flags = f"--input={source}", f"--output={tmp_path / 'run'}", "--overwrite"
+    code, _, err = command(import_hf, *flags)
+    lock.close()
+    assert code == 1 and "trains in MODEL_DIR" in err
+    assert command(import_hf, *flags)[0] == 0
+
+
+def test_a_file_beside_an_index_that_does_not_name_it(tmp_path, command):
+    tensors = hf_folders.random_tensors()
+    files = hf_folders.layer_files(tensors)
+    source = hf_folders.write(tmp_path / "in", tensors, hf_folders.config(), files=files)
+    save_file({"transformer.ln_f.bias": tensors["ln_f.bias"]}, source / "model.safetensors")
+    code, _, err = command(import_hf, f"--input={source}", f"--output={tmp_path / 'run'}")
+    assert (
+        code == 1
+        and "model.safetensors lies beside model.safetensors.index.json, which does not" in err
+    )
+
+
+def test_a_tokenizer_with_an_id_beyond_the_embedding(tmp_path, command, tokenizer_json):
+    tensors = hf_folders.random_tensors(vocab_size=280)
+    source = hf_folders.write(tmp_path / "in", tensors, hf_folders.config(vocab_size=280))
+    text = json.loads(tokenizer_json.read_text())
+    (last,) = (piece for piece, number in text["model"]["vocab"].items() if number == 269)
+    text["model"]["vocab"][last] = 5000
+    (source / "tokenizer.json").write_text(json.dumps(text))
+    code, _, err = command(import_hf, f"--input={source}", f"--output={tmp_path / 'run'}")
+    assert code == 1 and "has 5001 tokens, the embedding only 280 rows" in err
 
 
 # ---- folders that are damaged ----

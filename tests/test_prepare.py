@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from bloomjax import task_text
 from bloomjax.errors import BadInput
 from bloomjax.prepare import import_seqio, prepare
 from bloomjax.token_store import TokenStore
@@ -156,7 +158,7 @@ def test_other_stores_are_not_touched(prepared, tmp_path, text_dir):
 def test_same_text_same_store(prepared, tmp_path):
     again = {**prepared, "store_dir": str(tmp_path / "again")}
     again["vocabulary_path"] = str(tmp_path / "again.model")
-    prepare(**again)
+    prepare(**again, num_workers=2)
     assert TokenStore(again["store_dir"]).manifest == TokenStore(prepared["store_dir"]).manifest
 
 
@@ -291,6 +293,36 @@ def test_changed_while_it_was_read(text_dir):
         list(language.documents())
 
 
+def test_a_task_with_preprocessors_is_read_through_seqio(arguments, text_dir):
+    """By a worker that finds it by its name; the files are recorded all the same."""
+    import_seqio()
+    from bloomjax.tasks import text_files
+
+    text_files.register(text_dir)
+    [language] = task_text.find_languages(
+        "bloomjax.tasks.text_files", "text_files.fr", str(text_dir)
+    )
+    assert not language.through_seqio and len(language.files) == 1
+    task = SimpleNamespace(
+        name=language.task.name, source=language.task.source, preprocessors=[print]
+    )
+    assert task_text.Language.of(task).through_seqio
+    text = ("bloomjax.tasks.text_files", "text_files", str(text_dir), "fr")
+    assert list(task_text.read_task(*text)) == [*TEXT["fr"], "  "]
+
+
+def test_languages_must_be_separate():
+    def language(label, name, *files):
+        return task_text.Language(label, SimpleNamespace(name=name), files)
+
+    english, french = language("en", "a.en", "t/en.txt"), language("fr", "a.fr", "t/fr.txt")
+    task_text._check_separate([english, french])
+    with pytest.raises(BadInput, match=r"two Tasks are the language 'en': a\.en and b\.en"):
+        task_text._check_separate([english, french, language("en", "b.en", "other.txt")])
+    with pytest.raises(BadInput, match=r"two Tasks read the file \S+: a\.en and a\.code"):
+        task_text._check_separate([english, french, language("code", "a.code", "t/../t/en.txt")])
+
+
 @pytest.mark.parametrize("missing", ["tensorflow", "seqio"])
 def test_missing_extra(arguments, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
@@ -299,39 +331,48 @@ def test_missing_extra(arguments, monkeypatch, missing):
 
 
 PROGRAM = """
-import threading, time
+import dataclasses, os, time
 from bloomjax import prepare
 from bloomjax.tasks import text_files
-read = text_files.read_documents
-def slow(path, text_field):
-    for text in read(path, text_field):
-        if threading.current_thread() is not threading.main_thread():  # one of TensorFlow's
-            time.sleep(0.001)
+read, find = text_files.read_documents, prepare.find_languages
+def slow(path, *options):
+    for text in read(path, *options):
+        if str(path).endswith("en.txt"):
+            time.sleep(0.001 * os.path.exists("small.model"))  # not while that is made
         yield text
 text_files.read_documents = slow
+prepare.find_languages = lambda *text: [
+    dataclasses.replace(language, through_seqio=THROUGH_SEQIO) for language in find(*text)
+]
 prepare.prepare(
     task_module="bloomjax.tasks.text_files", mixture_or_task_name="text_files", text_dir="text",
-    vocabulary_path="small.model", vocab_size=400, store_dir="store",
+    vocabulary_path="small.model", vocab_size=400, store_dir="store", num_workers=1,
 )
 """
 
 
-def test_stopping_it_neither_hangs_nor_leaves_a_store(text_dir, tmp_path):
+@pytest.mark.parametrize("through_seqio", [False, True])
+def test_stopping_it_neither_hangs_nor_leaves_a_store(text_dir, tmp_path, through_seqio):
     """tf.data with Python code behind it hangs at exit while an iterator is alive."""
-    (text_dir / "en.txt").write_text("\n\n".join(sentences(20_000, 0)))
+    (text_dir / "en.txt").write_text("\n\n".join(sentences(4_000, 0)))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    program = PROGRAM.replace("THROUGH_SEQIO", str(through_seqio))
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root},
+        [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("code-c"):
+        if line.startswith("tokenising 3 shards with 1 process"):
             break
-    time.sleep(0.5)
+    time.sleep(1.0)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     # Nothing before the traceback: TensorFlow is quiet.
     assert stderr.startswith("Traceback") and stderr.rstrip().endswith("KeyboardInterrupt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.model", "text"]
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("[s-]*/*"))
+    # As large as any where nobody knows its size, so it comes first.
+    finished = ["store.shards/code-c-00000-of-00001.tokens", "store.shards/lock"]
+    assert left == (finished if through_seqio else [])
+    assert not (tmp_path / "store").exists()

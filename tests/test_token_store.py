@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import tensorstore
 
 from bloomjax import token_store
 from bloomjax.errors import BadInput
@@ -243,6 +244,88 @@ def test_urls(tmp_path):
     assert not token_store.store_exists(f"file://{tmp_path}/other")
     with pytest.raises(BadInput, match="cannot open nonsense://x"):
         TokenStore("nonsense://x")
+
+
+def test_storage_without_folders():
+    """memory:// takes the way of gs:// and s3://, which nothing here can reach: no renaming, no listing."""
+    url = f"memory://bucket{time.monotonic_ns()}/below/store/"
+    assert not token_store.store_exists(url)
+    documents = {"xx": make_documents(50), "yy": ["one", "two"]}
+    store = write_store(url, documents, VOCABULARY)
+    store.verify()
+    expected = plain_tokens(documents["xx"][:-2])
+    np.testing.assert_array_equal(store.read("xx", "train", 0, len(expected)), expected)
+    with pytest.raises(BadInput, match="memory://.* exists already and is not overwritten"):
+        write_store(url, documents, VOCABULARY)
+    kvstore = tensorstore.KvStore.open(url, context=token_store._STORAGE).result()
+    key = "xx/train/tokens/c/0"
+    data = bytearray(kvstore.read(key).result().value)
+    data[5] ^= 1
+    kvstore.write(key, bytes(data)).result()
+    with pytest.raises(
+        BadInput, match=f"xx train tokens 0 to {len(expected)} cannot be read: DATA_LOSS"
+    ):
+        TokenStore(url).verify()
+    kvstore.delete_range(tensorstore.KvStore.KeyRange("manifest.json", "manifest.jsoo")).result()
+    with pytest.raises(BadInput, match=r"memory://.* is no token store: it has no manifest\.json"):
+        TokenStore(url)
+    for url, driver in (("gs://bucket/a/b", "gcs"), ("s3://bucket/a/b", "s3")):
+        spec = tensorstore.KvStore.Spec(token_store._kvstore(url, "xx/train/tokens")).to_json()
+        assert spec == {"driver": driver, "bucket": "bucket", "path": "a/b/xx/train/tokens/"}
+
+
+@pytest.mark.parametrize("num_documents", [2, 3, 500])
+def test_document_of_a_token(tmp_path, small_files, num_documents):
+    documents = make_documents(num_documents)
+    store = write_store(tmp_path / "store", {"xx": documents}, VOCABULARY)
+    for split in ("train", "validation"):
+        num_tokens = store.num_tokens("xx", split)
+        starts = np.flatnonzero(np.r_[2, store.read("xx", split, 0, num_tokens)[:-1]] == 2)
+        tokens = range(0, num_tokens, 1 if num_documents < 9 else 37)
+        for token in {*tokens, num_tokens - 1}:
+            document = int(np.searchsorted(starts, token, "right")) - 1
+            assert store.document_of("xx", split, token) == (document, starts[document])
+        for token in (-1, num_tokens):
+            with pytest.raises(IndexError, match=f"token {token} of {num_tokens} of xx {split}"):
+                store.document_of("xx", split, token)
+    file = tmp_path / "store/xx/train/document_ends/c/0"
+    data = bytearray(file.read_bytes())
+    data[3] ^= 16
+    file.write_bytes(data)
+    if num_documents > 2:  # else it is in the only one
+        with pytest.raises(BadInput, match="xx train tokens 0 to 1 cannot be read: DATA_LOSS"):
+            TokenStore(tmp_path / "store").document_of("xx", "train", 0)
+
+
+def test_pieces_make_no_difference(tmp_path, small_files):
+    """Nor do threads."""
+    documents = make_documents(90)
+    whole = write_store(tmp_path / "whole", {"xx": documents}, VOCABULARY)
+    pieces = [
+        token_store.tokenise(documents[first : first + 7], VOCABULARY, threads=first % 2 == 0)
+        for first in range(0, 90, 7)
+    ]
+    assert [piece.tokens.dtype for piece in pieces] == [np.uint32] * 13
+    with build_store(tmp_path / "pieces", partial=tmp_path / "beside") as root:
+        assert root == str(tmp_path / "beside")
+        entry = token_store.write_tokens(root, "xx", pieces, num_documents=90)
+        token_store.write_manifest(root, {"xx": entry}, VOCABULARY)
+    assert TokenStore(tmp_path / "pieces").fingerprint == whole.fingerprint
+    for path in sorted((tmp_path / "whole").rglob("*")):
+        if path.is_file():
+            other = tmp_path / "pieces" / path.relative_to(tmp_path / "whole")
+            assert other.read_bytes() == path.read_bytes()
+
+
+def test_what_a_kill_left_is_replaced(tmp_path):
+    (tmp_path / "beside" / "xx").mkdir(parents=True)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        build_store(tmp_path / "store", partial=tmp_path / "beside") as root,
+    ):
+        assert not any((tmp_path / "beside").iterdir()) and root
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_names(tmp_path):
