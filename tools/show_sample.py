@@ -53,12 +53,12 @@ def describe(data: OpenTrainData, vocabulary: Vocabulary, sample: int) -> dict[s
 def samples_asked_for() -> range:
     """Sample numbers. BadInput unless exactly one of --sample and --step is given, and it exists."""
     sample, step = _SAMPLE.value, _STEP.value
-    if (sample is None) == (step is None):
-        raise BadInput("give one of --sample=K (from 0) and --step=N (from 1)")
-    if sample is not None:
+    if sample is not None and step is None:
         if sample < 0:
             raise BadInput(f"--sample={sample}: samples are numbered from 0")
         return range(sample, sample + 1)
+    if step is None or sample is not None:
+        raise BadInput("give one of --sample=K (from 0) and --step=N (from 1)")
     if step < 1:
         raise BadInput(f"--step={step}: steps are numbered from 1")
     schedule = config.build("train.batch_schedule")
