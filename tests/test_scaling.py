@@ -30,10 +30,6 @@ def run(capsys):
     """run(words and flags) -> exit code, stdout, stderr; flags have their defaults each time."""
 
     def call(*words: str):
-        for name in ("approach", "columns", "starts", "bootstrap", "plot", "json", "law", "flops", "params", "tokens",
-                     "unique_tokens", "gpu_hours", "device", "mfu", "out", "loss", "by_language", "budgets", "sizes",
-                     "span"):  # fmt: skip
-            scaling.flags.FLAGS[name].unparse()
         with pytest.raises(SystemExit) as exit_:
             scaling.main(["scaling.py", *map(str, words)])
         captured = capsys.readouterr()

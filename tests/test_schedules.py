@@ -357,7 +357,7 @@ def test_table_steps(tool):
 @pytest.mark.parametrize("steps", ["0", "-1", "1,-5", "ten", "1,,2", "", "1.5", "1e3"])
 def test_bad_table_steps_are_one_line(tool, steps, capsys):
     with pytest.raises(SystemExit) as exit_:
-        config.call(tool.main, ["schedule_table", f"--steps={steps}"])
+        config.call(tool.main, ["schedule_table", f"--steps={steps}"], tool._FLAGS)
     assert exit_.value.code == 1
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -48,28 +48,65 @@ from bloomjax.scaling_laws import (
 )
 from bloomjax.scaling_runs import Curve, final_runs, read_curves
 
-_APPROACH = flags.DEFINE_string("approach", "3", "fit: 1, 2, 3, kaplan or repeated.")
-_COLUMNS = flags.DEFINE_string("columns", "", "fit: OLD:NEW[,...], to rename columns of the table.")
-_STARTS = flags.DEFINE_integer("starts", 4500, "fit --approach=3: 4500 or 1125 starts.")
-_BOOTSTRAP = flags.DEFINE_integer("bootstrap", 400, "fit: replicates.")
-_PLOT = flags.DEFINE_string("plot", None, "fit, check: a picture, .png, .svg or .pdf.")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-_LAW = flags.DEFINE_string("law", "chinchilla", "A published law, or a file of fit --json.")
-_FLOPS = flags.DEFINE_float("flops", None, "optimal: budget; sweep: of all its runs together.")
-_PARAMS = flags.DEFINE_float("params", None, "optimal: a size; fit: of the run to advise.")
-_TOKENS = flags.DEFINE_float("tokens", None, "optimal: a length; fit: of the run to advise.")
-_UNIQUE = flags.DEFINE_float("unique_tokens", None, "optimal: text there is; more is repeated.")
-_GPU_HOURS = flags.DEFINE_float("gpu_hours", None, "optimal: budget in hours of --device.")
-_DEVICE = flags.DEFINE_string("device", "A100", "For --gpu_hours; as jax names it.")
-_MFU = flags.DEFINE_float("mfu", 0.36, "Share of the peak for --gpu_hours; 0.36 is BLOOM-176B's.")
-_OUT = flags.DEFINE_string("out", None, "collect: a new .csv; sweep: a new folder.")
-_LOSS = flags.DEFINE_enum(
-    "loss", "train", scaling_collect.LOSS_KINDS, "collect, check: which loss."
+_FLAGS = flags.FlagValues()
+_APPROACH = flags.DEFINE_string(
+    "approach", "3", "fit: 1, 2, 3, kaplan or repeated.", flag_values=_FLAGS
 )
-_BY_LANGUAGE = flags.DEFINE_bool("by_language", False, "collect: a curve a language.")
-_BUDGETS = flags.DEFINE_integer("budgets", 4, "sweep: isoFLOP curves, each 3 times the one before.")
-_SIZES = flags.DEFINE_integer("sizes", 5, "sweep: sizes on each.")
-_SPAN = flags.DEFINE_float("span", 4.0, "sweep: sizes from 1/span to span times the best.")
+_COLUMNS = flags.DEFINE_string(
+    "columns", "", "fit: OLD:NEW[,...], to rename columns of the table.", flag_values=_FLAGS
+)
+_STARTS = flags.DEFINE_integer(
+    "starts", 4500, "fit --approach=3: 4500 or 1125 starts.", flag_values=_FLAGS
+)
+_BOOTSTRAP = flags.DEFINE_integer("bootstrap", 400, "fit: replicates.", flag_values=_FLAGS)
+_PLOT = flags.DEFINE_string(
+    "plot", None, "fit, check: a picture, .png, .svg or .pdf.", flag_values=_FLAGS
+)
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=_FLAGS)
+_LAW = flags.DEFINE_string(
+    "law", "chinchilla", "A published law, or a file of fit --json.", flag_values=_FLAGS
+)
+_FLOPS = flags.DEFINE_float(
+    "flops", None, "optimal: budget; sweep: of all its runs together.", flag_values=_FLAGS
+)
+_PARAMS = flags.DEFINE_float(
+    "params", None, "optimal: a size; fit: of the run to advise.", flag_values=_FLAGS
+)
+_TOKENS = flags.DEFINE_float(
+    "tokens", None, "optimal: a length; fit: of the run to advise.", flag_values=_FLAGS
+)
+_UNIQUE = flags.DEFINE_float(
+    "unique_tokens", None, "optimal: text there is; more is repeated.", flag_values=_FLAGS
+)
+_GPU_HOURS = flags.DEFINE_float(
+    "gpu_hours", None, "optimal: budget in hours of --device.", flag_values=_FLAGS
+)
+_DEVICE = flags.DEFINE_string(
+    "device", "A100", "For --gpu_hours; as jax names it.", flag_values=_FLAGS
+)
+_MFU = flags.DEFINE_float(
+    "mfu", 0.36, "Share of the peak for --gpu_hours; 0.36 is BLOOM-176B's.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "collect: a new .csv; sweep: a new folder.", flag_values=_FLAGS
+)
+_LOSS = flags.DEFINE_enum(
+    "loss",
+    "train",
+    scaling_collect.LOSS_KINDS,
+    "collect, check: which loss.",
+    flag_values=_FLAGS,
+)
+_BY_LANGUAGE = flags.DEFINE_bool(
+    "by_language", False, "collect: a curve a language.", flag_values=_FLAGS
+)
+_BUDGETS = flags.DEFINE_integer(
+    "budgets", 4, "sweep: isoFLOP curves, each 3 times the one before.", flag_values=_FLAGS
+)
+_SIZES = flags.DEFINE_integer("sizes", 5, "sweep: sizes on each.", flag_values=_FLAGS)
+_SPAN = flags.DEFINE_float(
+    "span", 4.0, "sweep: sizes from 1/span to span times the best.", flag_values=_FLAGS
+)
 
 # Exit code of `check` for a run that is slow; 1 is bad input.
 EXIT_SLOW = 2
@@ -689,7 +726,8 @@ def split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             words.append(word)
             continue
         name = word.lstrip("-")
-        takes_value = name in flags.FLAGS and not flags.FLAGS[name].boolean
+        known = _FLAGS if name in _FLAGS else flags.FLAGS
+        takes_value = name in known and not known[name].boolean
         if "=" not in word and takes_value and rest:
             word = f"{word}={rest.pop(0)}"
         found.append(word)
@@ -708,7 +746,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         return _VERBS[words[0]](words[1:])
 
-    config.call(run, [program, *found])
+    config.call(run, [program, *found], _FLAGS)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from bloomjax import config
 from bloomjax.errors import BadInput
 from bloomjax.schedules import BatchSchedule
 
-_STEPS = flags.DEFINE_string("steps", None, "Steps, such as 1,100,12695.")
+_FLAGS = flags.FlagValues()
+_STEPS = flags.DEFINE_string("steps", None, "Steps, such as 1,100,12695.", flag_values=_FLAGS)
 
 
 def schedule_table(
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.call(main)
+    config.call(main, own_flags=_FLAGS)
