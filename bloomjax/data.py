@@ -169,6 +169,10 @@ class TrainData:
         stretches: list[Stretch] = []
         store_dir, length, shares = self.store_dir, self.sequence_length, {}
         for phase in self._phases:
+            if stretches and phase.temperature != 1.0 and not (phase.weights or phase.store_dir):
+                raise BadInput(
+                    f"the phase from sample {phase.first_sample} has a temperature but neither weights nor a store_dir"
+                )
             if phase.weights is not None or phase.store_dir is not None or not stretches:
                 store_dir = phase.store_dir or store_dir
                 store = stores.setdefault(store_dir, TokenStore(store_dir))
@@ -198,7 +202,10 @@ def _label(language: str, store: TokenStore, sources: dict[str, tuple[TokenStore
     there = sources.get(language)
     if there is None or there[0] is store:
         return language
-    return f"{language}@{Path(store.path).name}"
+    names = (
+        f"{language}@{Path(store.path).name}{x}" for x in ("", *(f".{n}" for n in range(2, 99)))
+    )
+    return next(name for name in names if name not in sources or sources[name][0] is store)
 
 
 def _weights_in(store: TokenStore, weights: Weights | None) -> dict[str, float]:
@@ -288,8 +295,9 @@ class OpenTrainData:
                         f"begin it at sample {schedule.samples_after(step - 1)} or {schedule.samples_after(step)}"
                     )
             skipped = self.mixture.skipped_tokens[p]
+            in_step = step + 1 if schedule.samples_after(step) == first else step
             lines.append(
-                f"from sample {first} (step {step + 1}): {len(phase.shares)} sources, {phase.sequence_length} tokens a "
+                f"from sample {first} (step {in_step}): {len(phase.shares)} sources, {phase.sequence_length} tokens a "
                 f"sample"
                 + (f"; {skipped} tokens of begun blocks are too few for one" if skipped else "")
             )

@@ -13,12 +13,11 @@ import jax
 from absl import flags
 
 from bloomjax import config, language_report
-from bloomjax.checkpoints import Checkpoints
 from bloomjax.model_dir import open_model_dir
 from bloomjax.preflight import check_model, open_matching_vocabulary
 from bloomjax.run import held_out_losses, print_columns
 from bloomjax.startup import use_compilation_cache
-from bloomjax.train_step import abstract_params, make_eval_step
+from bloomjax.train_step import make_eval_step
 
 _FLAGS = flags.FlagValues()
 _STEP = flags.DEFINE_integer(
@@ -38,10 +37,7 @@ def evaluate() -> None:
     check_model(model, mesh, [data.sequence_length])
     vocabulary = open_matching_vocabulary(config.build("train.vocabulary_path"), data, model)
     trained.check_vocabulary(vocabulary)
-    checkpoints = Checkpoints(save_every_steps=1)
-    checkpoints.open(model_dir / "checkpoints", read_only=True)
-    params = checkpoints.restore_params(trained.step, abstract_params(model, mesh))
-    checkpoints.close()
+    params = trained.read_params(model, mesh)
     batches = config.build("train.eval_data").batches(data, mesh)
     with jax.set_mesh(mesh):
         found = held_out_losses(jax.jit(make_eval_step(model, options)), params, batches)

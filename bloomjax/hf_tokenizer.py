@@ -17,10 +17,14 @@ import sentencepiece
 import tokenizers
 
 from bloomjax.errors import BadInput
-from bloomjax.vocabulary import SentencePieceVocabulary, Vocabulary, open_vocabulary
+from bloomjax.vocabulary import (
+    SPACE_MARK,
+    SPECIAL_TOKENS,
+    SentencePieceVocabulary,
+    Vocabulary,
+    open_vocabulary,
+)
 
-_SPACE_MARK = "\u2581"
-_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
 # Of a folder that a person would call one with a tokenizer, and from which tokenizer.json can be made.
 _OTHER_TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer_config.json",
@@ -139,7 +143,7 @@ def _from_sentencepiece(data: bytes, ours: SentencePieceVocabulary) -> tokenizer
     halves.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    pieces = [model.id_to_piece(i).replace(_SPACE_MARK, " ") for i in range(model.vocab_size())]
+    pieces = [model.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(model.vocab_size())]
     scores = {
         piece: model.get_score(i)
         for i, piece in enumerate(pieces)
@@ -156,7 +160,7 @@ def _from_sentencepiece(data: bytes, ours: SentencePieceVocabulary) -> tokenizer
     bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.decoder = tokenizers.decoders.ByteFallback()
-    tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.encode_special_tokens = True  # here, not in the file: a piece may look like one
     # Unigram models, normalisers, a space put in front, pieces out of use: each shows in one of these.
     texts = [*_SAMPLES, *pieces]

@@ -141,33 +141,3 @@ def source_key(source: np.ndarray, epoch: np.ndarray, seed: int) -> np.ndarray:
     """Key of the permutation of an epoch of a source, uint64."""
     seeds = np.full(source.shape, seed, np.int64).astype(np.uint64)
     return mix((source.astype(np.uint64) << np.uint64(40)) + epoch.astype(np.uint64), seeds)
-
-
-class Mixture:
-    """Sources of known size, interleaved by weight, each in a fresh random order every epoch."""
-
-    def __init__(self, weights: dict[str, float], num_windows: dict[str, int], seed: int):
-        """`weights` are token shares (windows are of equal length); `num_windows` how many windows a source has."""
-        _check_weights(weights)
-        empty = [name for name in weights if num_windows.get(name, 0) < 1]
-        if empty:
-            raise BadInput(
-                f"no training window in: {', '.join(empty)} (fewer tokens than one sequence)"
-            )
-        self.names = tuple(sorted(weights))  # the order of a dict must not matter
-        self.seed = seed
-        total = sum(weights.values())
-        self.shares = {name: weights[name] / total for name in self.names}
-        self._interleave = Interleave([self.shares[name] for name in self.names])
-        self._num_windows = np.array([num_windows[name] for name in self.names], np.int64)
-
-    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source number into `names`, epoch, window) of each sample number; int64 arrays."""
-        source, occurrence = self._interleave.locate(samples)
-        size = self._num_windows[source]
-        epoch, position = np.divmod(occurrence, size)
-        return source, epoch, permute(position, size, source_key(source, epoch, self.seed))
-
-    def counts(self, num_samples: int) -> dict[str, int]:
-        """Samples of each source among the first `num_samples`."""
-        return dict(zip(self.names, self._interleave.counts(num_samples), strict=True))

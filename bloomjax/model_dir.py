@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from bloomjax import config, partitioning
 from bloomjax.checkpoints import Checkpoints, is_imported
@@ -47,13 +48,16 @@ class Trained:
                 f"{self.path} was trained with the vocabulary {self.vocabulary.path}, not with {vocabulary.path}"
             )
 
-    def read_params(self) -> Any:
-        """float32 parameters on one device, verified. BadInput if they are damaged or of another model."""
-        mesh = partitioning.MeshShape(1, 1, 1).build(jax.devices()[:1])
+    def read_params(self, model: Bloom | None = None, mesh: Mesh | None = None) -> Any:
+        """float32 parameters of `model` (this one) on `mesh` (one device), verified.
+
+        BadInput if they are damaged or of another model.
+        """
+        mesh = mesh or partitioning.MeshShape(1, 1, 1).build(jax.devices()[:1])
         checkpoints = Checkpoints(save_every_steps=1)
         checkpoints.open(self.path / "checkpoints", read_only=True)
         try:
-            return checkpoints.restore_params(self.step, abstract_params(self.model, mesh))
+            return checkpoints.restore_params(self.step, abstract_params(model or self.model, mesh))
         finally:
             checkpoints.close()
 

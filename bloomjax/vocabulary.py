@@ -24,13 +24,13 @@ from bloomjax.files import write_whole
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
 # SentencePiece writes spaces as U+2581, so this one character cannot stand for itself in a piece.
-_SPACE_MARK = "\u2581"
+SPACE_MARK = "\u2581"
 # Newlines, tabs and the space mark become byte tokens; the trainer must not see them.
 _NOT_IN_PIECES = re.compile("[\n\r\t\0\u2581]+")
 # The trainer keeps a line in memory as a whole and drops the ones above its limit.
 _MAX_TRAINING_LINE_CHARACTERS = 4096
 _NUM_FIXED_PIECES = 4 + 256
-_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 # How BLOOM's tokenizer.json (huggingface.co/bigscience/bloom) cuts a text before pieces are made: a word with the
 # space before it, and what is between words. A class within a class: Python's `re` reads it as something else.
 _BLOOM_WORD = r" ?[^(\s|[.,!?…。，、।۔،])]+"
@@ -103,9 +103,9 @@ class SentencePieceVocabulary:
                 f"{self.path} has no byte fallback: it would lose the characters it does not know"
             )
         # SentencePiece would make U+2581 and, where no piece stands for a space, the space the same bytes.
-        has_space = model.piece_to_id(_SPACE_MARK) != UNK_ID
+        has_space = model.piece_to_id(SPACE_MARK) != UNK_ID
         self._not_for_the_model = re.compile(
-            f"({_SPACE_MARK})" if has_space else f"([ {_SPACE_MARK}])"
+            f"({SPACE_MARK})" if has_space else f"([ {SPACE_MARK}])"
         )
 
     @property
@@ -156,7 +156,7 @@ class ByteLevelBPEVocabulary:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # tokenizers raises bare Exception
             raise BadInput(f"{self.path} is not a tokenizer.json: {_one_line(error)}") from None
-        found = (self._tokenizer.token_to_id(name) for name in _SPECIAL_TOKENS)
+        found = (self._tokenizer.token_to_id(name) for name in SPECIAL_TOKENS)
         _check_special_ids(self.path, *found)
         self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._tokenizer.encode_special_tokens = True
@@ -282,7 +282,7 @@ def train_byte_level_bpe(
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(_SPECIAL_TOKENS),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

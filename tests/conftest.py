@@ -40,3 +40,17 @@ def undisturbed(tiny_text, tmp_path_factory):
     model_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert tiny_run.run(tiny_text, model_dir) == 0
     return model_dir
+
+
+@pytest.fixture
+def command(capsys):
+    """command(verb, *flags): exit code, stdout and stderr of a verb in this process."""
+
+    def call(verb, *flags):
+        with pytest.raises(SystemExit) as end:
+            verb.main([verb.__name__, *map(str, flags)])
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    call.capsys = capsys
+    return call

@@ -109,3 +109,10 @@ def read(folder: Path) -> dict[str, np.ndarray]:
             assert name not in found
             found[name.removeprefix("transformer.")] = x
     return found
+
+
+def assert_same(found, want):
+    assert found.keys() == want.keys()
+    for name, x in want.items():
+        assert found[name].dtype == x.dtype and found[name].shape == x.shape, name
+        np.testing.assert_array_equal(found[name].view(np.uint8), x.view(np.uint8), name)

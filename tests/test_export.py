@@ -28,20 +28,6 @@ from bloomjax.train_step import abstract_state, state_of
 SHAPE = dict(vocab_size=320, emb_dim=32, num_layers=2, num_heads=4)
 
 
-@pytest.fixture
-def command(capsys):
-    """command(verb, *flags): exit code, stdout and stderr of a verb in this process."""
-
-    def call(verb, *flags):
-        with pytest.raises(SystemExit) as end:
-            verb.main([verb.__name__, *map(str, flags)])
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    call.capsys = capsys
-    return call
-
-
 def config_gin() -> str:
     gin = tiny_run.GIN.replace("import for_gin\n", "")
     return gin.replace("train.mesh = @FirstDevices()\n", "")
@@ -102,13 +88,6 @@ def expected(params) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(x) for name, x in found.items()}
 
 
-def assert_same(found, want):
-    assert found.keys() == want.keys()
-    for name, x in want.items():
-        assert found[name].dtype == x.dtype and found[name].shape == x.shape, name
-        np.testing.assert_array_equal(found[name].view(np.uint8), x.view(np.uint8), name)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_number_arrives(command, model_dir, tmp_path, dtype):
     output = tmp_path / "hf"
@@ -120,7 +99,7 @@ def test_every_number_arrives(command, model_dir, tmp_path, dtype):
     kind = hf_folders.NUMPY[dtype]
     params = jax.tree.map(lambda x: np.asarray(x).astype(kind), restored_params(model_dir))
     want = expected(params)
-    assert_same(hf_folders.read(output), want)
+    hf_folders.assert_same(hf_folders.read(output), want)
     files = {path.name for path in output.iterdir()}
     assert files == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -145,7 +124,7 @@ def test_shards_and_index(command, model_dir, tmp_path):
         assert names == {n for n, f in index["weight_map"].items() if f == file}
         sizes = [4 * int(np.prod(shapes[n.removeprefix("transformer.")])) for n in names]
         assert sum(sizes) <= 30_000 or len(sizes) == 1
-    assert_same(hf_folders.read(output), expected(restored_params(model_dir)))
+    hf_folders.assert_same(hf_folders.read(output), expected(restored_params(model_dir)))
 
 
 def test_by_default_beside_the_checkpoints_and_once(command, own_run):
@@ -174,7 +153,7 @@ def test_a_checkpoint_of_any_mesh(command, mesh_of, tmp_path, shape):
     _save(tmp_path / "run", mesh_of(*shape), params)
     flags = f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'hf'}"
     assert command(export, *flags)[0] == 0
-    assert_same(hf_folders.read(tmp_path / "hf"), expected(params))
+    hf_folders.assert_same(hf_folders.read(tmp_path / "hf"), expected(params))
 
 
 def _save(folder, mesh, params, gin=""):
@@ -237,7 +216,7 @@ def test_a_damaged_checkpoint_is_not_exported(command, own_run):
             path.write_bytes(damaged)
             code, _, err = command(export, f"--checkpoint={own_run}")
             if code == 0:
-                assert_same(hf_folders.read(own_run / "hf" / "40"), whole)
+                hf_folders.assert_same(hf_folders.read(own_run / "hf" / "40"), whole)
                 shutil.rmtree(own_run / "hf")
             else:
                 num_refused += 1
@@ -304,7 +283,9 @@ def test_what_is_exported_comes_back(command, own_run, tiny_text):
     code, out, err = command(import_hf, f"--input={own_run}/hf/40", f"--output={own_run}/back")
     assert (code, err) == (0, "") and "vocabulary: tokenizer.model, 320 tokens" in out
     command(export, f"--checkpoint={own_run}/back", f"--output={own_run}/again")
-    assert_same(hf_folders.read(own_run / "again"), hf_folders.read(own_run / "hf" / "40"))
+    hf_folders.assert_same(
+        hf_folders.read(own_run / "again"), hf_folders.read(own_run / "hf" / "40")
+    )
 
 
 def test_a_broken_folder_is_no_export(command, own_run):

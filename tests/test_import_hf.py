@@ -15,19 +15,6 @@ from bloomjax.metrics import lock_model_dir
 from bloomjax.vocabulary import train_byte_level_bpe
 
 
-@pytest.fixture
-def command(capsys):
-    """command(verb, *flags): exit code, stdout and stderr of a verb in this process."""
-
-    def call(verb, *flags):
-        with pytest.raises(SystemExit) as end:
-            verb.main([verb.__name__, *map(str, flags)])
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory):
     texts = ["the cat sat on the mat " * 20, "देखो मेरी बिल्ली " * 20]
@@ -39,13 +26,6 @@ def imported(folder, output, command, *flags):
     code, out, err = command(import_hf, f"--input={folder}", f"--output={output}", *flags)
     assert (code, err) == (0, ""), err
     return out
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].dtype == x.dtype, name
-        np.testing.assert_array_equal(found[name].view(np.uint8), x.view(np.uint8), name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -61,7 +41,7 @@ def test_in_and_out_to_the_bit(tmp_path, command, dtype):
         f"--dtype={dtype}",
     )
     assert (code, err) == (0, "")
-    assert_same(hf_folders.read(tmp_path / "out"), tensors)
+    hf_folders.assert_same(hf_folders.read(tmp_path / "out"), tensors)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
 
 
@@ -83,7 +63,7 @@ def test_released_layouts(tmp_path, command, prefix, files, with_index, config):
     )
     imported(source, tmp_path / "run", command)
     command(export, f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}")
-    assert_same(hf_folders.read(tmp_path / "out"), tensors)
+    hf_folders.assert_same(hf_folders.read(tmp_path / "out"), tensors)
 
 
 def test_links_into_a_cache_are_followed(tmp_path, command):
@@ -107,7 +87,7 @@ def test_float64_is_rounded_and_said(tmp_path, command):
     assert "float64 was rounded to float32" in imported(source, tmp_path / "run", command)
     command(export, f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}")
     rounded = {name: x.astype(np.float32) for name, x in tensors.items()}
-    assert_same(hf_folders.read(tmp_path / "out"), rounded)
+    hf_folders.assert_same(hf_folders.read(tmp_path / "out"), rounded)
 
 
 def test_each_layer_is_where_it_belongs(tmp_path, command):

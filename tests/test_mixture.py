@@ -5,8 +5,17 @@ import numpy as np
 import pytest
 
 from bloomjax.errors import BadInput
-from bloomjax.mixture import MAX_SAMPLES, Interleave, Mixture, permute
+from bloomjax.mixture import MAX_SAMPLES, Interleave, permute
+from bloomjax.phases import PhasedMixture, Stretch
 from bloomjax.tasks.languages import ROOTS_WEIGHTS
+
+
+def Mixture(weights, num_windows, seed):
+    """Of one phase, with windows of one token."""
+    shares = {name: w / sum(weights.values()) for name, w in weights.items()}
+    num_tokens = {name: num_windows.get(name, 0) + 1 for name in weights}
+    return PhasedMixture([Stretch(0, shares, 1)], num_tokens, seed=seed, block_tokens=1)
+
 
 LANGUAGES = {f"language{i:02}": float((46 - i) ** 4) for i in range(46)}
 WINDOWS = {name: 10 ** (1 + i % 7) + 7 * i for i, name in enumerate(LANGUAGES)}

@@ -115,3 +115,27 @@ def test_another_mesh_and_batch_leave_the_chain_alone(tiny_text, tmp_path):
     one, eight = position(tmp_path / "one", 20), position(tmp_path / "eight", 10)
     assert one["chain"][1] == eight["chain"][1] and one["samples"] == eight["samples"] == 160
     assert len(jax.devices()) == 8
+
+
+def test_stores_with_one_folder_name_are_several_sources(tiny_text, tmp_path):
+    from bloomjax import token_store
+
+    phases = []
+    for number, name in enumerate("xy", 1):
+        (tmp_path / name).mkdir()
+        documents = {"aa": tiny_text.documents["aa"][number:]}
+        token_store.write_store(tmp_path / name / "tokens", documents, tiny_text.vocabulary)
+        phases.append(Phase(100 * number, store_dir=str(tmp_path / name / "tokens")))
+    data = train_data(tiny_text, phases=phases).open()
+    assert data.mixture.names == ("aa", "bb", "cc", "aa@tokens", "aa@tokens.2")
+    assert [Path(store.path).parent.name for store, _ in data.sources.values()][3:] == ["x", "y"]
+
+
+def test_a_phase_within_a_step_and_one_with_nothing_to_heat(tiny_text):
+    data = train_data(tiny_text, phases=[Phase(83, weights=ONE_LANGUAGE)]).open()
+    (line,) = data.check_phases(BatchSchedule(8), 20)
+    assert line.startswith("from sample 83 (step 11): 1 sources")
+    with pytest.raises(
+        BadInput, match="sample 83 has a temperature but neither weights nor a store"
+    ):
+        train_data(tiny_text, phases=[Phase(83, temperature=2.0)]).open()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bloomjax.errors import BadInput
-from bloomjax.mixture import Mixture
+from bloomjax.mixture import Interleave, permute, source_key
 from bloomjax.phases import PhasedMixture, Stretch, phases_identity
 
 SIZES = {"aa": 1000, "bb": 333, "cc": 77, "dd": 500}  # blocks
@@ -17,12 +17,19 @@ def phased(*stretches, block_tokens=16, seed=5):
 
 
 def test_one_phase_is_the_mixture():
-    old = Mixture(SHARES, {name: SIZES[name] for name in SHARES}, seed=5)
+    names = sorted(SHARES)
+    interleave = Interleave([SHARES[name] for name in names])
     new = phased(Stretch(0, SHARES, 16))
     samples = np.concatenate([np.arange(5000), np.arange(2 * 10**8, 2 * 10**8 + 100)])
-    for a, b in zip(old.locate(samples), new.locate(samples), strict=True):
+    source, occurrence = interleave.locate(samples)
+    size = np.array([SIZES[name] for name in names])[source]
+    epoch, position = np.divmod(occurrence, size)
+    window = permute(position, size, source_key(source, epoch, 5))
+    for a, b in zip((source, epoch, window), new.locate(samples), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert new.names == old.names and new.counts(12345) == old.counts(12345)
+    assert new.names == tuple(names) and list(new.counts(12345).values()) == interleave.counts(
+        12345
+    )
     assert new.shares == SHARES and new.skipped_tokens == [0]
 
 
