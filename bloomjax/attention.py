@@ -51,15 +51,16 @@ def alibi_scores(
     q_position_L: jax.Array,
     k_valid_BS: jax.Array | None = None,
     rounding: str = "exact",
-    documents_BL: jax.Array | None = None,
+    documents: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Masked scores before the softmax, float32 [B, H, L, S]: q.k/sqrt(K) + slope*(key - query position).
 
     The bias is exact in float32. `rounding="bf16_hf"` is for comparisons only, with transformers in bfloat16 (and, but
     for ties, Megatron-DeepSpeed, which trained BLOOM so): slope*(number of valid keys before), equal up to a row
     constant, is rounded to bfloat16 and so is its sum with q.k, each by up to 4 at position 2047.
-    Keys stand at positions 0..S-1; those after the query, of another document than the query's (then L = S), and those
-    where `k_valid_BS` is False are masked. Distances within a document are what they would be if it stood alone.
+    Keys stand at positions 0..S-1; those after the query, of another document than the query's (`documents` has the
+    numbers of both, [B, L] and [B, S]), and those where `k_valid_BS` is False are masked. Distances within a document
+    are what they would be if it stood alone.
     """
     scores_BHLS = _dot("BLHK,BSHK->BHLS", q_BLHK, k_BSHK)
     distance_LS = jnp.arange(k_BSHK.shape[1])[None, :] - q_position_L[:, None]
@@ -71,8 +72,9 @@ def alibi_scores(
         bias_BHS = _to_bf16(slopes_H[None, :, None] * (jnp.cumsum(valid_BS, axis=1) - 1.0)[:, None])
         scores_BHLS = _to_bf16(scores_BHLS * q_BLHK.shape[-1] ** -0.5 + bias_BHS[:, :, None])
     visible_1LS = (distance_LS <= 0)[None]
-    if documents_BL is not None:
-        visible_1LS = visible_1LS & (documents_BL[:, :, None] == documents_BL[:, None, :])
+    if documents is not None:
+        q_documents_BL, k_documents_BS = documents
+        visible_1LS = visible_1LS & (q_documents_BL[:, :, None] == k_documents_BS[:, None, :])
     scores_BHLS = jnp.where(visible_1LS[:, None], scores_BHLS, _MASKED)
     if k_valid_BS is not None:
         scores_BHLS = jnp.where(k_valid_BS[:, None, None, :], scores_BHLS, _MASKED)
@@ -86,43 +88,59 @@ def _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_
 
 
 def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL):
-    """`keep_scale` multiplies float32 sums: 1 / 0.9 rounded to bf16 would be 0.16 % off in every element."""
-    position_L = jnp.arange(q_BLHK.shape[1])
-    scores_BHLS = alibi_scores(
-        q_BLHK, k_BSHK, slopes_H, position_L, rounding=rounding, documents_BL=documents_BL
+    scores_BHLS = _block_scores(
+        (0, q_BLHK.shape[1]), q_BLHK, k_BSHK, slopes_H, rounding, documents_BL
     )
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
-    dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
-    context_BLHK = keep_scale * _dot("BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK)
-    context_BLHK = context_BLHK.astype(q_BLHK.dtype)
+    context_BLHK = _context(p_BHLS, v_BSHK, keep_BHLS, keep_scale)
     return context_BLHK, (q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK)
 
 
 def _xla_backward(_, keep_scale, residuals, g_BLHK):
-    """Straight through roundings. Matmuls take the compute dtype and sum in float32; autodiff's would be f32 x f32."""
     q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK = residuals
-    dtype = q_BLHK.dtype
+    grads = _grads(p_BHLS, q_BLHK, k_BSHK, v_BSHK, context_BLHK, g_BLHK, keep_BHLS, keep_scale)
+    dq_BLHK, dk_BSHK, dv_BSHK = (grad.astype(q_BLHK.dtype) for grad in grads)
+    # The slopes are constants of the architecture, the dropout mask is random, documents are whole numbers: not
+    # differentiated.
+    return dq_BLHK, dk_BSHK, dv_BSHK, jnp.zeros_like(slopes_H), None, None
+
+
+_xla_attention.defvjp(_xla_forward, _xla_backward)
+
+
+def _block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL):
+    """`alibi_scores` of the queries [first, last) of a window with the keys before `last`; the others are masked."""
+    first, last = block
+    documents = None
+    if documents_BL is not None:
+        documents = documents_BL[:, first:last], documents_BL[:, :last]
+    position_L = jnp.arange(first, last)
+    return alibi_scores(
+        q_BLHK[:, first:last], k_BSHK[:, :last], slopes_H, position_L, rounding=rounding,
+        documents=documents,
+    )  # fmt: skip
+
+
+def _context(p_BHLS, v_BSHK, keep_BHLS, keep_scale):
+    """`keep_scale` multiplies float32 sums: 1 / 0.9 rounded to bf16 would be 0.16 % off in every element."""
+    dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
+    return (keep_scale * _dot("BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK)).astype(v_BSHK.dtype)
+
+
+def _grads(p_BHLS, q_BLHK, k_BSHK, v_BSHK, context_BLHK, g_BLHK, keep_BHLS, keep_scale):
+    """dq, dk, dv in float32. Matmuls take the compute dtype; autodiff's would be float32 x float32."""
     dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
     dv_BSHK = keep_scale * _dot("BHLS,BLHK->BSHK", dropped_BHLS, g_BLHK)
     dp_BHLS = _dot("BLHK,BSHK->BHLS", g_BLHK, v_BSHK)
     if keep_BHLS is not None:
         dp_BHLS = jnp.where(keep_BHLS, keep_scale * dp_BHLS, 0)
-    p_BHLS = p_BHLS.astype(jnp.float32)
     # Equal to sum_S p dp, but over K instead of S (arXiv 2205.14135, B.2): one pass over the probabilities less.
     delta_BLH = jnp.sum(g_BLHK.astype(jnp.float32) * context_BLHK.astype(jnp.float32), axis=-1)
-    ds_BHLS = p_BHLS * (dp_BHLS - jnp.moveaxis(delta_BLH, 1, 2)[..., None])
-    ds_BHLS = (ds_BHLS * q_BLHK.shape[-1] ** -0.5).astype(dtype)
+    ds_BHLS = p_BHLS.astype(jnp.float32) * (dp_BHLS - jnp.moveaxis(delta_BLH, 1, 2)[..., None])
+    ds_BHLS = (ds_BHLS * q_BLHK.shape[-1] ** -0.5).astype(q_BLHK.dtype)
     dq_BLHK = _dot("BHLS,BSHK->BLHK", ds_BHLS, k_BSHK)
     dk_BSHK = _dot("BHLS,BLHK->BSHK", ds_BHLS, q_BLHK)
-    # The slopes are constants of the architecture, the dropout mask is random, documents are whole numbers: not
-    # differentiated.
-    return (
-        dq_BLHK.astype(dtype), dk_BSHK.astype(dtype), dv_BSHK.astype(dtype),
-        jnp.zeros_like(slopes_H), None, None,
-    )  # fmt: skip
-
-
-_xla_attention.defvjp(_xla_forward, _xla_backward)
+    return dq_BLHK, dk_BSHK, dv_BSHK
 
 
 def xla_attention(
@@ -150,6 +168,93 @@ def xla_attention(
     return _xla_attention(rounding, keep_scale, *arrays)
 
 
+def _blocks(length, block_tokens):
+    """[first, last) of each block of queries; the last one may be shorter."""
+    return [(a, min(a + block_tokens, length)) for a in range(0, length, block_tokens)]
+
+
+def _kept(dropout_rate, dropout_rng, block, shape):
+    """Which probabilities of a block dropout leaves; the same when asked again."""
+    if dropout_rng is None:
+        return None
+    key = jax.random.fold_in(dropout_rng, block[0])
+    return jax.random.bernoulli(key, 1.0 - dropout_rate, shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL):
+    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL
+    return _blocked_forward(options, *arrays)[0]
+
+
+def _blocked_forward(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL):
+    rounding, rate, block_tokens = options
+    parts = []
+    for block in _blocks(q_BLHK.shape[1], block_tokens):
+        scores_BHLS = _block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL)
+        p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
+        keep_BHLS = _kept(rate, dropout_rng, block, p_BHLS.shape)
+        context_BLHK = _context(p_BHLS, v_BSHK[:, : block[1]], keep_BHLS, 1.0 / (1.0 - rate))
+        parts.append((context_BLHK, jax.nn.logsumexp(scores_BHLS, axis=-1)))
+    contexts, lses = zip(*parts, strict=True)
+    context_BLHK, lse_BHL = jnp.concatenate(contexts, axis=1), jnp.concatenate(lses, axis=2)
+    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL
+    return context_BLHK, (*arrays, context_BLHK, lse_BHL)
+
+
+def _blocked_backward(options, residuals, g_BLHK):
+    rounding, rate, block_tokens = options
+    *arrays, context_BLHK, lse_BHL = residuals
+    q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL = arrays
+    dq_blocks = []
+    dk_BSHK = dv_BSHK = jnp.zeros(k_BSHK.shape, jnp.float32)
+    for first, last in _blocks(q_BLHK.shape[1], block_tokens):
+        queries, keys = slice(first, last), slice(0, last)
+        # One block after the other, and none from the scores of a forward pass that was just done again: XLA would keep
+        # those of all blocks, 4 GiB a device of BLOOM-176B.
+        q_BLHK, k_BSHK, dk_BSHK, dv_BSHK = jax.lax.optimization_barrier(
+            (q_BLHK, k_BSHK, dk_BSHK, dv_BSHK)
+        )
+        scores_BHLS = _block_scores((first, last), q_BLHK, k_BSHK, slopes_H, rounding, documents_BL)
+        p_BHLS = jnp.exp(scores_BHLS - lse_BHL[:, :, queries, None]).astype(v_BSHK.dtype)
+        dq_block, dk_block, dv_block = _grads(
+            p_BHLS, q_BLHK[:, queries], k_BSHK[:, keys], v_BSHK[:, keys], context_BLHK[:, queries],
+            g_BLHK[:, queries], _kept(rate, dropout_rng, (first, last), p_BHLS.shape),
+            1.0 / (1.0 - rate),
+        )  # fmt: skip
+        dq_blocks.append(dq_block.astype(q_BLHK.dtype))
+        dk_BSHK, dv_BSHK = dk_BSHK.at[:, keys].add(dk_block), dv_BSHK.at[:, keys].add(dv_block)
+    dq_BLHK = jnp.concatenate(dq_blocks, axis=1)
+    dk_BSHK, dv_BSHK = dk_BSHK.astype(k_BSHK.dtype), dv_BSHK.astype(v_BSHK.dtype)
+    return dq_BLHK, dk_BSHK, dv_BSHK, jnp.zeros_like(slopes_H), None, None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def blocked_attention(
+    q_BLHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    slopes_H: jax.Array,
+    *,
+    documents_BL: jax.Array | None = None,
+    rounding: str = "exact",
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    block_tokens: int = 512,
+) -> jax.Array:
+    """`xla_attention` for blocks of queries, each with the keys before its end: of 2,048 x 2,048 scores it never makes
+    3/8, and holds those of one block at a time. The backward pass makes them again from the logsumexp of each query.
+
+    Dropout draws another mask than `xla_attention` does.
+    """
+    rate, rng = (0.0, None) if dropout_rng is None else (dropout_rate, dropout_rng)
+    rng = None if rate == 0.0 else rng
+    options = rounding, rate, block_tokens
+    return _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, rng, documents_BL)
+
+
 def cached_attention(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
@@ -170,7 +275,10 @@ def cached_attention(
     return _dot("BHLS,BSHK->BLHK", p_BHLS, v_BSHK).astype(q_BLHK.dtype)
 
 
-KERNELS: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}
+KERNELS: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla_attention,
+    "xla_blocked": blocked_attention,
+}
 
 
 def get_kernel(name: str) -> Callable[..., jax.Array]:

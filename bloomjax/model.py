@@ -25,12 +25,13 @@ from bloomjax.attention import (
 )
 from bloomjax.embedding import embed
 from bloomjax.errors import BadInput
-from bloomjax.partitioning import constrain_activation
+from bloomjax.partitioning import constrain_activation, gather_length, scatter_length
 
 # What a layer keeps for its backward pass. `minimal` keeps the results of matmuls and the residual streams (20 D bytes
-# a token and layer in bf16) and recomputes norms and GELU; `full` keeps the layer's input only; `none` keeps all.
+# a token and layer in bf16) and recomputes norms and GELU; `full` keeps the layer's input only; `none` keeps all but
+# the weights gathered over `fsdp`, which would stay on every device.
 REMAT_POLICIES = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
     "minimal": jax.checkpoint_policies.save_only_these_names(
         "qkv", "context", "residual", "pre_gelu"
     ),
@@ -126,7 +127,8 @@ class BloomConfig:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def dense(spec: str, names: tuple[str | None, ...], x, w, b):
-    """einsum(spec, x, w) + b in x's dtype, accumulated in float32; the bias is added before rounding.
+    """einsum(spec, x, w) + b in x's dtype, accumulated in float32; the bias is added before rounding,
+    except to parts of a sum from several devices (`_dot`).
 
     `x` begins with B, L; `w` is the float32 master weight with logical axes `names`, cast and then gathered over
     `fsdp`; `b` has w's output dimensions. Backward, too, every matmul has operands of x's dtype: autodiff of a float32
@@ -136,12 +138,31 @@ def dense(spec: str, names: tuple[str | None, ...], x, w, b):
 
 
 def _gathered(names, w, dtype):
-    return partitioning.constrain(w.astype(dtype), partitioning.gathered_spec(names))
+    w = partitioning.constrain(w.astype(dtype), partitioning.gathered_spec(names))
+    return checkpoint_name(w, "gathered")  # so that no policy keeps it from the forward pass
+
+
+def _summed_over_devices(spec, names) -> bool:
+    """Whether einsum(spec, x, w) adds parts that lie on different devices."""
+    inputs, out = spec.split("->")
+    w_dims = inputs.split(",")[1]
+    return partitioning.is_split(
+        [n for dim, n in zip(w_dims, names, strict=True) if dim not in out]
+    )
+
+
+def _dot(spec, names, x, w):
+    """einsum(spec, x, w), float32. Where the sum runs over devices it comes in x's dtype: the parts of 176B's residual
+    stream are most of what a step on a pod sends, and would be twice the bytes.
+    """
+    dtype = x.dtype if _summed_over_devices(spec, names) else jnp.float32
+    return jnp.einsum(spec, x, w, preferred_element_type=dtype)
 
 
 def _dense_forward(spec, names, x, w, b):
-    y = jnp.einsum(spec, x, _gathered(names, w, x.dtype), preferred_element_type=jnp.float32)
-    y = y + b[(None,) * (y.ndim - b.ndim)]
+    w = _gathered(names, w, x.dtype)
+    y = _dot(spec, names, x, w)
+    y = y.astype(jnp.float32) + b[(None,) * (y.ndim - b.ndim)]
     return y.astype(x.dtype), (x, w)
 
 
@@ -149,10 +170,16 @@ def _dense_backward(spec, names, residuals, g):
     x, w = residuals
     inputs, out = spec.split("->")
     x_dims, w_dims = inputs.split(",")
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dx = dot(f"{out},{w_dims}->{x_dims}", g, _gathered(names, w, x.dtype)).astype(x.dtype)
-    dw = dot(f"{x_dims},{out}->{w_dims}", x, g)
+    dx_spec = f"{out},{w_dims}->{x_dims}"
+    dx = _dot(dx_spec, names, g, w).astype(x.dtype)
+    dw = jnp.einsum(f"{x_dims},{out}->{w_dims}", x, g, preferred_element_type=jnp.float32)
     dw = partitioning.constrain(dw, partitioning.parameter_spec(names))
+    if _summed_over_devices(dx_spec, names):
+        dx = constrain_activation(dx, "batch", "residual_length", "embed")
+    if partitioning.is_split(names):
+        # Both before anything that follows: XLA would put off dw, and keep the gathered x and g of several matmuls for
+        # it (3.4 of 36.4 GiB a device of 176B on v5p).
+        dx, dw = jax.lax.optimization_barrier((dx, dw))
     return dx, dw, jnp.sum(g.astype(jnp.float32), axis=(0, 1))
 
 
@@ -238,7 +265,7 @@ class Block(nn.Module):
         dropout = Dropout(c.hidden_dropout_rate, self.deterministic)
 
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x_BLD)
-        h_BLD = constrain_activation(h_BLD, "batch", "length", "embed")
+        h_BLD = gather_length(h_BLD)
         qkv_BLcHK = Dense(
             "BLD,DcHK->BLcHK", ("embed", "qkv", "heads", "kv"), (D, 3, H, K), ("qkv", "heads", "kv"),
             c.init_std, name="qkv",
@@ -254,11 +281,11 @@ class Block(nn.Module):
         y_BLD = Dense(
             "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), out_std, name="out"
         )(context_BLHK)
-        y_BLD = constrain_activation(y_BLD, "batch", "residual_length", "embed")
+        y_BLD = scatter_length(y_BLD)
         x_BLD = checkpoint_name(x_BLD + dropout(y_BLD), "residual")
 
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x_BLD)
-        h_BLD = constrain_activation(h_BLD, "batch", "length", "embed")
+        h_BLD = gather_length(h_BLD)
         h_BLF = Dense("BLD,DF->BLF", ("embed", "mlp"), (D, F), ("mlp",), c.init_std, name="mlp_in")(
             h_BLD
         )
@@ -267,7 +294,7 @@ class Block(nn.Module):
         y_BLD = Dense("BLF,FD->BLD", ("mlp", "embed"), (F, D), ("norm",), out_std, name="mlp_out")(
             h_BLF
         )
-        y_BLD = constrain_activation(y_BLD, "batch", "residual_length", "embed")
+        y_BLD = scatter_length(y_BLD)
         return checkpoint_name(x_BLD + dropout(y_BLD), "residual"), None
 
     def _attend(self, q_BLHK, k_BLHK, v_BLHK, documents_BL, start, k_valid_BS):
@@ -316,7 +343,7 @@ class Bloom(nn.Module):
         if c.document_end_id is not None and k_valid_BS is None:
             documents_BL = document_numbers(tokens_BL, c.document_end_id)
         block, broadcast = Block, cast(Any, nn.broadcast)
-        if c.remat_policy != "none":
+        if c.remat_policy != "none" or partitioning.on_mesh():
             policy = REMAT_POLICIES[c.remat_policy]
             block = nn.remat(Block, policy=policy, prevent_cse=not c.scan_layers)
         x_BLD, _ = nn.scan(
@@ -328,7 +355,7 @@ class Bloom(nn.Module):
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, deterministic, name="layers")(x_BLD, documents_BL, start, k_valid_BS)
-        return constrain_activation(self.final_norm(x_BLD), "batch", "length", "embed")
+        return gather_length(self.final_norm(x_BLD))
 
     def logits(self, x_BLD) -> jax.Array:
         """float32 logits [B, L, V] of final hidden states; for decoding and tests, training uses losses.py."""

@@ -6,11 +6,13 @@ of the residual stream).
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bloomjax.errors import BadInput
@@ -62,7 +64,23 @@ class MeshShape:
                 f"{len(devices)} devices of this job (set --gin.MeshShape.data, .fsdp, .tensor)"
             )
         shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
-        return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+        return Mesh(_arrange(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """`devices` in this shape, neighbours of an axis on the fastest links there are; slices along `data`."""
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % num_slices:
+        raise BadInput(
+            f"mesh axis data={shape[0]} must be a multiple of the {num_slices} slices of this job: only `data` may "
+            "cross the network between them (set --gin.MeshShape.data)"
+        )
+    inside = (shape[0] // num_slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (num_slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def num_batch_shards(mesh: Mesh) -> int:
@@ -98,6 +116,13 @@ def on_mesh() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def is_split(names: Sequence[str | None]) -> bool:
+    """Whether the mesh of `jax.set_mesh` splits, where it is used, a parameter dimension with one of these names."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {axis for axis in gathered_spec(names) if axis is not None}
+    return not mesh.empty and any(mesh.shape[axis] > 1 for axis in axes)
+
+
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     """`x` with this layout over the mesh of `jax.set_mesh`; unchanged when there is no mesh."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -108,6 +133,35 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
 def constrain_activation(x: jax.Array, *names: str | None) -> jax.Array:
     """`constrain` with the layout of an activation whose dimensions have these logical names."""
     return constrain(x, activation_spec(names))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _reshard(x, names, cotangent_names):
+    del cotangent_names
+    return constrain_activation(x, *names)
+
+
+_reshard.defvjp(
+    lambda x, names, cotangent_names: (_reshard(x, names, cotangent_names), None),
+    lambda names, cotangent_names, _, g: (constrain_activation(g, *cotangent_names),),
+)
+_WHOLE, _SPLIT = ("batch", "length", "embed"), ("batch", "residual_length", "embed")
+
+
+def gather_length(x_BLD: jax.Array) -> jax.Array:
+    """From the residual stream, whose length is split over `tensor`, to whole windows; the gradient goes the other way.
+
+    A plain constraint would be one on the gradient too, and keep it whole: an all-reduce instead of a reduce-scatter.
+    """
+    if not on_mesh():
+        return x_BLD
+    # The barrier keeps XLA from gathering what x was converted from, in float32.
+    return _reshard(jax.lax.optimization_barrier(x_BLD), _WHOLE, _SPLIT)
+
+
+def scatter_length(x_BLD: jax.Array) -> jax.Array:
+    """From whole windows (or parts of their sum on each device) to the residual stream; the gradient is gathered."""
+    return _reshard(x_BLD, _SPLIT, _WHOLE)
 
 
 def shardings(mesh: Mesh, specs):

@@ -4,7 +4,8 @@ Nothing here asks for devices or makes an array; the mesh may be of absent ones.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -41,11 +42,13 @@ class StepOptions:
         are accumulated in float32.
       z_loss: weight of logsumexp^2.
       loss_chunk_tokens: tokens of one device whose logits exist at a time.
+      compiler_options: XLA's, for the program of the train step; a name it does not know is an error.
     """
 
     microbatch_size_samples: int | None = None
     z_loss: float = 0.0
     loss_chunk_tokens: int = 1024
+    compiler_options: Mapping[str, bool | int | str] | None = None
 
     def __post_init__(self):
         if self.microbatch_size_samples is not None and self.microbatch_size_samples < 1:
@@ -210,3 +213,28 @@ def make_eval_step(model: Bloom, options: StepOptions) -> Callable[[Any, Batch],
         return jnp.mean(nll_BL, axis=1)
 
     return eval_step
+
+
+def jit_programs(
+    model: Bloom,
+    optimizer: optax.GradientTransformation,
+    step: StepOptions,
+    mesh: Mesh,
+    abstract: TrainState,
+) -> tuple[Callable[..., Any], ...]:
+    """init(seed), from_params (imported ones), train_step and eval_step, with the shardings of `abstract`; from_params
+    and train_step take their first argument away."""
+    state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    init = jax.jit(functools.partial(init_state, model, optimizer), out_shardings=state_shardings)
+    from_params = jax.jit(
+        functools.partial(state_of, optimizer), donate_argnums=0, out_shardings=state_shardings
+    )
+    train_step = jax.jit(
+        make_train_step(model, optimizer, step, mesh),
+        donate_argnums=0,
+        out_shardings=(state_shardings, replicated),
+        compiler_options=dict(step.compiler_options or {}) or None,
+    )
+    eval_step = jax.jit(make_eval_step(model, step), out_shardings=replicated)
+    return init, from_params, train_step, eval_step

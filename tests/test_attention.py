@@ -12,7 +12,9 @@ from reference_bloom import jit
 from bloomjax.attention import (
     alibi_scores,
     alibi_slopes,
+    blocked_attention,
     cached_attention,
+    document_numbers,
     get_kernel,
     xla_attention,
 )
@@ -71,9 +73,14 @@ def reference(q, k, v, g, slopes, drop=1.0, rounding="exact"):
     return context, dq, dk, dv, p
 
 
-@functools.partial(jit, static_argnames=("dropout_rate", "rounding"))
-def forward_and_backward(q, k, v, g, slopes, **options):
-    context, pull = jax.vjp(lambda q, k, v: xla_attention(q, k, v, slopes, **options), q, k, v)
+# Blocks of 8: several of them, and a shorter one, in all problems of this file.
+IN_BLOCKS = functools.partial(blocked_attention, block_tokens=8)
+KERNELS = pytest.mark.parametrize("kernel", [xla_attention, IN_BLOCKS], ids=["whole", "blocked"])
+
+
+@functools.partial(jit, static_argnames=("dropout_rate", "rounding", "kernel"))
+def forward_and_backward(q, k, v, g, slopes, *, kernel=xla_attention, **options):
+    context, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, slopes, **options), q, k, v)
     return context, *pull(g)
 
 
@@ -110,20 +117,23 @@ def test_the_reference_of_this_file_agrees_with_finite_differences():
     ("B", "L", "H", "K"),
     [(2, 33, 4, 64), (2, 17, 6, 80), (1, 65, 4, 96), (1, 261, 6, 128), (3, 1, 4, 64)],
 )
-def test_float32_equals_float64(B, L, H, K):
+@KERNELS
+def test_float32_equals_float64(B, L, H, K, kernel):
     arguments = problem(B, L, H, K)
     expected = reference(*arguments)[:4]
-    for name, got, want in zip(NAMES, forward_and_backward(*arguments), expected, strict=True):
+    grads = forward_and_backward(*arguments, kernel=kernel)
+    for name, got, want in zip(NAMES, grads, expected, strict=True):
         assert got.dtype == jnp.float32
         atol = 2e-6 * max(1, np.abs(want).max())
         np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize(("B", "L", "H", "K"), [(2, 33, 4, 64), (1, 261, 6, 128)])
-def test_bf16_rounds_only_probabilities_and_results(B, L, H, K):
+@KERNELS
+def test_bf16_rounds_only_probabilities_and_results(B, L, H, K, kernel):
     arguments = problem(B, L, H, K, jnp.bfloat16)
     context, dq, dk, dv, p = reference(*arguments)
-    got = forward_and_backward(*arguments)
+    got = forward_and_backward(*arguments, kernel=kernel)
     assert all(a.dtype == jnp.bfloat16 for a in got)
     got = [np.asarray(a, np.float64) for a in got]
     # Scores, softmax and sums are float32; each probability and then the sum round once to bf16.
@@ -166,13 +176,14 @@ def test_bf16_hf_rounds_the_bias_and_then_the_sum():
     assert np.all(padded[:, :77] < -1e29)
 
 
+@KERNELS
 @pytest.mark.parametrize(("B", "L", "H", "K"), [(2, 33, 4, 64), (1, 261, 6, 128)])
-def test_bf16_hf_is_the_attention_of_rounded_scores(B, L, H, K):
+def test_bf16_hf_is_the_attention_of_rounded_scores(B, L, H, K, kernel):
     """Backward is that of these probabilities: the rounding has the derivative 1."""
     arguments = problem(B, L, H, K, jnp.bfloat16)
     want = reference(*arguments, rounding="bf16_hf")[:4]
     exact = reference(*arguments)[:4]
-    got = forward_and_backward(*arguments, rounding="bf16_hf")
+    got = forward_and_backward(*arguments, rounding="bf16_hf", kernel=kernel)
     for ours, theirs, other in zip(got, want, exact, strict=True):
         ours = np.asarray(ours, np.float64)
         assert np.linalg.norm(ours - theirs) <= 2 * BF16_ROUNDOFF * np.linalg.norm(theirs)
@@ -190,55 +201,61 @@ def test_position_bias_reaches_the_output():
     assert np.all(np.abs(plain - biased)[:, 16:].max((0, 1, 3)) > 0.02)  # of every head
 
 
-def test_nothing_flows_back_from_the_future():
+@KERNELS
+def test_nothing_flows_back_from_the_future(kernel):
+    run = functools.partial(forward_and_backward, kernel=kernel)
     q, k, v, g, slopes = problem(2, 33, 4, 64)
-    before = forward_and_backward(q, k, v, g, slopes)[0]
+    before = run(q, k, v, g, slopes)[0]
     cut = 20
     q2, k2, v2 = (a.at[:, cut:].add(3.0) for a in (q, k, v))
-    after = forward_and_backward(q2, k2, v2, g, slopes)[0]
+    after = run(q2, k2, v2, g, slopes)[0]
     assert np.all(np.asarray(before)[:, :cut] == np.asarray(after)[:, :cut])
     assert np.all(np.abs(np.asarray(before - after)[:, cut:]).max(-1) > 0)
     # The gradient of the first outputs alone does not touch later keys and values.
-    _, _, dk, dv = forward_and_backward(q, k, v, g.at[:, cut:].set(0), slopes)
+    _, _, dk, dv = run(q, k, v, g.at[:, cut:].set(0), slopes)
     assert np.all(np.asarray(dk)[:, cut:] == 0) and np.all(np.asarray(dv)[:, cut:] == 0)
 
 
 RATE = 0.25
 
 
-def dropped_probabilities(dtype, seed):
+def dropped_probabilities(dtype, seed, kernel=xla_attention):
     """With unit vectors for values the context is the dropped probabilities: the mask, seen."""
     L = 16
     q, k, _, _, slopes = problem(2, L, 4, L, dtype)
     v = jnp.broadcast_to(jnp.eye(L, dtype=dtype)[None, :, None], (2, L, 4, L))
     context, *_ = forward_and_backward(
-        q, k, v, v, slopes, dropout_rate=RATE, dropout_rng=jax.random.key(seed)
+        q, k, v, v, slopes, dropout_rate=RATE, dropout_rng=jax.random.key(seed), kernel=kernel
     )
     p = reference(q, k, v, v, slopes)[4]
     return np.asarray(jnp.moveaxis(context, 2, 1), np.float64), p
 
 
-def test_dropout_scales_what_it_keeps():
-    dropped, p = dropped_probabilities(jnp.float32, 3)
+@KERNELS
+def test_dropout_scales_what_it_keeps(kernel):
+    dropped, p = dropped_probabilities(jnp.float32, 3, kernel)
     causal = np.broadcast_to(np.tri(16, dtype=bool), p.shape)
     kept = dropped > 0
     np.testing.assert_allclose(dropped[kept], p[kept] / (1 - RATE), rtol=1e-5)
     assert not kept[~causal].any()
     n = causal.sum()
     assert abs(kept.sum() - (1 - RATE) * n) < 4 * np.sqrt(n * RATE * (1 - RATE))
-    assert np.all(dropped == dropped_probabilities(jnp.float32, 3)[0])
+    assert np.all(dropped == dropped_probabilities(jnp.float32, 3, kernel)[0])
     # Rows of the batch, heads and keys draw their own masks.
-    others = kept[0, 0], kept[1, 0], kept[0, 1], dropped_probabilities(jnp.float32, 4)[0][0, 0] > 0
+    other_key = dropped_probabilities(jnp.float32, 4, kernel)[0][0, 0] > 0
+    others = kept[0, 0], kept[1, 0], kept[0, 1], other_key
     assert len({mask.tobytes() for mask in others}) == 4
 
 
-def test_gradient_with_dropout_uses_the_mask_of_the_forward_pass():
-    dropped, p = dropped_probabilities(jnp.float32, 3)
+@KERNELS
+def test_gradient_with_dropout_uses_the_mask_of_the_forward_pass(kernel):
+    dropped, p = dropped_probabilities(jnp.float32, 3, kernel)
     mask = (dropped > 0) / (1 - RATE)
     q, k, _, _, slopes = problem(2, 16, 4, 16)
     _, _, v, g, _ = problem(2, 16, 4, 16, seed=5)
     expected = reference(q, k, v, g, slopes, mask)[:4]
-    got = forward_and_backward(q, k, v, g, slopes, dropout_rate=RATE, dropout_rng=jax.random.key(3))
+    dropout = {"dropout_rate": RATE, "dropout_rng": jax.random.key(3)}
+    got = forward_and_backward(q, k, v, g, slopes, kernel=kernel, **dropout)
     for name, ours, theirs in zip(NAMES, got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6, err_msg=name)
 
@@ -317,3 +334,21 @@ def test_an_unknown_kernel_is_named():
     assert get_kernel("xla") is xla_attention
     with pytest.raises(BadInput, match="no attention kernel 'flash3'; there are: .*xla"):
         get_kernel("flash3")
+
+
+def test_blocks_see_documents_and_never_make_all_scores():
+    q, k, v, g, slopes = problem(2, 256, 4, 64)
+    documents = document_numbers(jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 256))), 2)
+    whole, blocked = (
+        forward_and_backward(q, k, v, g, slopes, kernel=kernel, documents_BL=documents)
+        for kernel in (xla_attention, IN_BLOCKS)
+    )
+    for ours, theirs in zip(blocked, whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
+    plain = forward_and_backward(q, k, v, g, slopes, kernel=IN_BLOCKS)
+    assert np.abs(np.asarray(plain[0] - blocked[0])).max() > 0.1
+    texts = []
+    for kernel in (xla_attention, functools.partial(blocked_attention, block_tokens=32)):
+        texts.append(forward_and_backward.lower(q, k, v, g, slopes, kernel=kernel).as_text())
+    made = ["4x256x256xf32" in text for text in texts]  # the scores of all queries with all keys
+    assert made == [True, False] and "4x32x256xf32" in texts[1]

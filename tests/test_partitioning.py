@@ -1,5 +1,8 @@
 """Mesh shapes, the rules from logical to mesh axes, and the messages when something does not fit."""
 
+import re
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -117,6 +120,46 @@ def test_constrain(mesh_of):
         y = jax.jit(lambda x: partitioning.constrain_activation(x, "batch", "mlp"))(x)
     assert y.addressable_shards[0].data.shape == (2, 4)
     np.testing.assert_array_equal(x, y)
+
+
+def demanded(function, *arguments, mesh):
+    """The layouts in the StableHLO text, in order."""
+    with jax.set_mesh(mesh):
+        text = jax.jit(function).lower(*arguments).as_text()
+    found = re.findall(r"sdy\.sharding_constraint .*<@mesh, (\[.*\])>", text)
+    return [spec.replace('"', "") for spec in found]
+
+
+@pytest.mark.parametrize("name", ["gather_length", "scatter_length"])
+def test_a_gradient_takes_the_way_back(name, mesh_of):
+    """A gathered stream has a gradient to be scattered; autodiff of a constraint would keep it whole."""
+    reshard = getattr(partitioning, name)
+    x = jnp.ones((8, 4, 16))
+    whole, split = "[{data, fsdp}, {}, {}]", "[{data, fsdp}, {tensor}, {}]"
+    there_and_back = [whole, split] if name == "gather_length" else [split, whole]
+    mesh = mesh_of(2, 2, 2)
+    assert demanded(reshard, x, mesh=mesh) == there_and_back[:1]
+    pull = lambda x, g: jax.vjp(reshard, x)[1](g)  # noqa: E731
+    assert demanded(pull, x, x, mesh=mesh)[-1] == there_and_back[1]
+    with jax.set_mesh(mesh):
+        y, (g,) = jax.jit(lambda x: (reshard(x), pull(x, 3 * x)))(x)
+    np.testing.assert_array_equal(y, x)
+    np.testing.assert_array_equal(g, 3 * x)
+
+
+def test_is_split(mesh_of):
+    assert not partitioning.is_split(["heads"])  # no mesh is set
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        assert partitioning.is_split(["heads"]) and partitioning.is_split(["kv", "mlp"])
+        assert not partitioning.is_split(["embed"])  # gathered over fsdp where it is used
+    with jax.set_mesh(mesh_of(1, 8, 1)):
+        assert not partitioning.is_split(["heads", "mlp", "vocab"])
+
+
+def test_slices_of_a_pod_need_the_data_axis():
+    devices = [types.SimpleNamespace(slice_index=i // 4, platform="tpu", id=i) for i in range(8)]
+    with pytest.raises(BadInput, match="data=1 must be a multiple of the 2 slices of this job"):
+        MeshShape(1, 4, 2).build(devices)
 
 
 def test_shardings_of_a_tree(mesh_of):

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import functools
+import itertools
+import math
 import re
 
 import jax
@@ -32,7 +34,8 @@ SHAPE = {"vocab_size": 64, "emb_dim": 32, "num_layers": 2, "num_heads": 8, "mlp_
 F32 = BloomConfig(**SHAPE, dtype="float32")
 BF16 = BloomConfig(**SHAPE, dtype="bfloat16")
 ROWS, LENGTH = 16, 16
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 1, 4), (1, 4, 2)]
+OF_EIGHT = [m for m in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(m) == 8]
+MESHES = [(1, 1, 1), *OF_EIGHT]
 LEARNING_RATE, EPSILON, DECAY = np.float32(0.5), 0.1, 0.1
 # `trace` keeps the raw gradients in the state, where a test can read them. With a large epsilon the
 # update is a smooth function of the gradient and can be compared as closely as the gradient itself.
@@ -152,7 +155,9 @@ def test_filling_rows_change_nothing(mesh):
     assert_is_the_expected_step(*take_step(mesh, tokens, weights), filled)
 
 
-@pytest.mark.parametrize(("mesh", "microbatch_size"), [((1, 1, 1), 4), ((2, 2, 2), 1)])
+@pytest.mark.parametrize(
+    ("mesh", "microbatch_size"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((1, 4, 2), 2), ((4, 1, 2), 1)]
+)
 def test_microbatches_add_up_to_the_whole_batch(mesh, microbatch_size):
     step = functools.partial(take_step, mesh, microbatch_size=microbatch_size)
     assert_is_the_expected_step(*step(some_tokens()))
@@ -393,6 +398,12 @@ def test_no_matmul_has_float32_operands(remat_policy):
     dots = dot_operands(lowered_step((2, 2, 2), config))
     # A layer has qkv, scores, context, out and two of the MLP: each once forward, twice backward.
     assert len(dots) >= 6 * 3 + 3  # and the head
+    assert {dot[:2] for dot in dots} == {("bf16", "bf16")}
+    # Sums over `tensor` travel in bf16: out and mlp_out forward, qkv and mlp_in backward.
+    parts = 4 + (remat_policy == "full")  # attention is computed again for what follows it
+    assert collections.Counter(dot[2] for dot in dots)["bf16"] == parts
+    # On one device all sums are float32.
+    dots = dot_operands(lowered_step((1, 1, 1), config))
     assert set(dots) == {("bf16", "bf16", "f32")}
 
 
