@@ -1,11 +1,10 @@
-"""Causal attention with ALiBi: the slopes, the XLA kernel and the choice of a kernel by name.
+"""Causal attention with ALiBi: the slopes, the scores, the plain XLA kernel and attention over a cache.
 
 Dimension key: B batch, L query length, S key length, H heads, K head_dim. Arrays end in their letters.
 """
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -88,17 +87,19 @@ def _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_
 
 
 def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL):
-    scores_BHLS = _block_scores(
+    scores_BHLS = block_scores(
         (0, q_BLHK.shape[1]), q_BLHK, k_BSHK, slopes_H, rounding, documents_BL
     )
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
-    context_BLHK = _context(p_BHLS, v_BSHK, keep_BHLS, keep_scale)
+    context_BLHK = context_of(p_BHLS, v_BSHK, keep_BHLS, keep_scale)
     return context_BLHK, (q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK)
 
 
 def _xla_backward(_, keep_scale, residuals, g_BLHK):
     q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK = residuals
-    grads = _grads(p_BHLS, q_BLHK, k_BSHK, v_BSHK, context_BLHK, g_BLHK, keep_BHLS, keep_scale)
+    grads = attention_grads(
+        p_BHLS, q_BLHK, k_BSHK, v_BSHK, context_BLHK, g_BLHK, keep_BHLS, keep_scale
+    )
     dq_BLHK, dk_BSHK, dv_BSHK = (grad.astype(q_BLHK.dtype) for grad in grads)
     # The slopes are constants of the architecture, the dropout mask is random, documents are whole numbers: not
     # differentiated.
@@ -108,7 +109,7 @@ def _xla_backward(_, keep_scale, residuals, g_BLHK):
 _xla_attention.defvjp(_xla_forward, _xla_backward)
 
 
-def _block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL):
+def block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL):
     """`alibi_scores` of the queries [first, last) of a window with the keys before `last`; the others are masked."""
     first, last = block
     documents = None
@@ -121,13 +122,13 @@ def _block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL):
     )  # fmt: skip
 
 
-def _context(p_BHLS, v_BSHK, keep_BHLS, keep_scale):
+def context_of(p_BHLS, v_BSHK, keep_BHLS, keep_scale):
     """`keep_scale` multiplies float32 sums: 1 / 0.9 rounded to bf16 would be 0.16 % off in every element."""
     dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
     return (keep_scale * _dot("BHLS,BSHK->BLHK", dropped_BHLS, v_BSHK)).astype(v_BSHK.dtype)
 
 
-def _grads(p_BHLS, q_BLHK, k_BSHK, v_BSHK, context_BLHK, g_BLHK, keep_BHLS, keep_scale):
+def attention_grads(p_BHLS, q_BLHK, k_BSHK, v_BSHK, context_BLHK, g_BLHK, keep_BHLS, keep_scale):
     """dq, dk, dv in float32. Matmuls take the compute dtype; autodiff's would be float32 x float32."""
     dropped_BHLS = p_BHLS if keep_BHLS is None else jnp.where(keep_BHLS, p_BHLS, 0)
     dv_BSHK = keep_scale * _dot("BHLS,BLHK->BSHK", dropped_BHLS, g_BLHK)
@@ -168,93 +169,6 @@ def xla_attention(
     return _xla_attention(rounding, keep_scale, *arrays)
 
 
-def _blocks(length, block_tokens):
-    """[first, last) of each block of queries; the last one may be shorter."""
-    return [(a, min(a + block_tokens, length)) for a in range(0, length, block_tokens)]
-
-
-def _kept(dropout_rate, dropout_rng, block, shape):
-    """Which probabilities of a block dropout leaves; the same when asked again."""
-    if dropout_rng is None:
-        return None
-    key = jax.random.fold_in(dropout_rng, block[0])
-    return jax.random.bernoulli(key, 1.0 - dropout_rate, shape)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL):
-    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL
-    return _blocked_forward(options, *arrays)[0]
-
-
-def _blocked_forward(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL):
-    rounding, rate, block_tokens = options
-    parts = []
-    for block in _blocks(q_BLHK.shape[1], block_tokens):
-        scores_BHLS = _block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL)
-        p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
-        keep_BHLS = _kept(rate, dropout_rng, block, p_BHLS.shape)
-        context_BLHK = _context(p_BHLS, v_BSHK[:, : block[1]], keep_BHLS, 1.0 / (1.0 - rate))
-        parts.append((context_BLHK, jax.nn.logsumexp(scores_BHLS, axis=-1)))
-    contexts, lses = zip(*parts, strict=True)
-    context_BLHK, lse_BHL = jnp.concatenate(contexts, axis=1), jnp.concatenate(lses, axis=2)
-    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL
-    return context_BLHK, (*arrays, context_BLHK, lse_BHL)
-
-
-def _blocked_backward(options, residuals, g_BLHK):
-    rounding, rate, block_tokens = options
-    *arrays, context_BLHK, lse_BHL = residuals
-    q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL = arrays
-    dq_blocks = []
-    dk_BSHK = dv_BSHK = jnp.zeros(k_BSHK.shape, jnp.float32)
-    for first, last in _blocks(q_BLHK.shape[1], block_tokens):
-        queries, keys = slice(first, last), slice(0, last)
-        # One block after the other, and none from the scores of a forward pass that was just done again: XLA would keep
-        # those of all blocks, 4 GiB a device of BLOOM-176B.
-        q_BLHK, k_BSHK, dk_BSHK, dv_BSHK = jax.lax.optimization_barrier(
-            (q_BLHK, k_BSHK, dk_BSHK, dv_BSHK)
-        )
-        scores_BHLS = _block_scores((first, last), q_BLHK, k_BSHK, slopes_H, rounding, documents_BL)
-        p_BHLS = jnp.exp(scores_BHLS - lse_BHL[:, :, queries, None]).astype(v_BSHK.dtype)
-        dq_block, dk_block, dv_block = _grads(
-            p_BHLS, q_BLHK[:, queries], k_BSHK[:, keys], v_BSHK[:, keys], context_BLHK[:, queries],
-            g_BLHK[:, queries], _kept(rate, dropout_rng, (first, last), p_BHLS.shape),
-            1.0 / (1.0 - rate),
-        )  # fmt: skip
-        dq_blocks.append(dq_block.astype(q_BLHK.dtype))
-        dk_BSHK, dv_BSHK = dk_BSHK.at[:, keys].add(dk_block), dv_BSHK.at[:, keys].add(dv_block)
-    dq_BLHK = jnp.concatenate(dq_blocks, axis=1)
-    dk_BSHK, dv_BSHK = dk_BSHK.astype(k_BSHK.dtype), dv_BSHK.astype(v_BSHK.dtype)
-    return dq_BLHK, dk_BSHK, dv_BSHK, jnp.zeros_like(slopes_H), None, None
-
-
-_blocked.defvjp(_blocked_forward, _blocked_backward)
-
-
-def blocked_attention(
-    q_BLHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    slopes_H: jax.Array,
-    *,
-    documents_BL: jax.Array | None = None,
-    rounding: str = "exact",
-    dropout_rate: float = 0.0,
-    dropout_rng: jax.Array | None = None,
-    block_tokens: int = 512,
-) -> jax.Array:
-    """`xla_attention` for blocks of queries, each with the keys before its end: of 2,048 x 2,048 scores it never makes
-    3/8, and holds those of one block at a time. The backward pass makes them again from the logsumexp of each query.
-
-    Dropout draws another mask than `xla_attention` does.
-    """
-    rate, rng = (0.0, None) if dropout_rng is None else (dropout_rate, dropout_rng)
-    rng = None if rate == 0.0 else rng
-    options = rounding, rate, block_tokens
-    return _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, rng, documents_BL)
-
-
 def cached_attention(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
@@ -273,16 +187,3 @@ def cached_attention(
     scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS, rounding)
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
     return _dot("BHLS,BSHK->BLHK", p_BHLS, v_BSHK).astype(q_BLHK.dtype)
-
-
-KERNELS: dict[str, Callable[..., jax.Array]] = {
-    "xla": xla_attention,
-    "xla_blocked": blocked_attention,
-}
-
-
-def get_kernel(name: str) -> Callable[..., jax.Array]:
-    """The attention function called `name`; BadInput names those that exist."""
-    if name not in KERNELS:
-        raise BadInput(f"no attention kernel {name!r}; there are: {', '.join(KERNELS)}")
-    return KERNELS[name]

@@ -21,8 +21,9 @@ from bloomjax.attention import (
     alibi_slopes,
     cached_attention,
     document_numbers,
-    get_kernel,
 )
+from bloomjax.attention_kernels import get_kernel
+from bloomjax.dense import Dense
 from bloomjax.embedding import embed
 from bloomjax.errors import BadInput
 from bloomjax.partitioning import constrain_activation, gather_length, scatter_length
@@ -49,9 +50,10 @@ class BloomConfig:
       mask_padding_vocab: give padding rows no probability. BLOOM and transformers do not.
       mlp_dim: None means 4 * emb_dim.
       dtype: of the compute ("bfloat16" or "float32"); parameters are always float32.
+      gradient_dtype: in which the layers' weight gradients are summed over devices; "bfloat16" sends half the bytes.
       init_std: of all matrices; the two that write to the residual stream use init_std / sqrt(2 num_layers).
       hidden_dropout_rate: on the embedding and on both residual branches. attention_dropout_rate: on the probabilities.
-      attention_kernel: a name of attention.KERNELS.
+      attention_kernel: a name of attention_kernels.KERNELS.
       document_end_id: the token that ends a document, 2 for BLOOM's </s>: attention then does not look beyond it. None
         for BLOOM's own way, where a window is one text. Decoding does not ask: a prompt is one document.
       alibi_rounding: "exact", or "bf16_hf" for comparisons with transformers in bfloat16 (see attention.alibi_scores).
@@ -68,6 +70,7 @@ class BloomConfig:
     num_tokens_in_vocab: int | None = None
     mask_padding_vocab: bool = False
     dtype: str = "bfloat16"
+    gradient_dtype: str = "float32"
     init_std: float = 0.0048
     layer_norm_epsilon: float = 1e-5
     hidden_dropout_rate: float = 0.0
@@ -102,8 +105,10 @@ class BloomConfig:
         for name, there in (("remat_policy", REMAT_POLICIES), ("alibi_rounding", ALIBI_ROUNDINGS)):
             if getattr(self, name) not in there:
                 raise BadInput(f"no {name} {getattr(self, name)!r}; there are: {', '.join(there)}")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise BadInput(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        for name in ("dtype", "gradient_dtype"):
+            if getattr(self, name) not in ("bfloat16", "float32"):
+                got = getattr(self, name)
+                raise BadInput(f"{name} must be 'bfloat16' or 'float32', got {got!r}")
         if self.alibi_rounding == "bf16_hf" and self.dtype != "bfloat16":
             raise BadInput(f"alibi_rounding='bf16_hf' needs dtype='bfloat16', got {self.dtype!r}")
         if self.mask_padding_vocab and self.num_tokens_in_vocab is None:
@@ -123,67 +128,6 @@ class BloomConfig:
     def num_valid_tokens(self) -> int | None:
         """From which column on logits are masked; None for nowhere."""
         return self.num_tokens_in_vocab if self.mask_padding_vocab else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def dense(spec: str, names: tuple[str | None, ...], x, w, b):
-    """einsum(spec, x, w) + b in x's dtype, accumulated in float32; the bias is added before rounding,
-    except to parts of a sum from several devices (`_dot`).
-
-    `x` begins with B, L; `w` is the float32 master weight with logical axes `names`, cast and then gathered over
-    `fsdp`; `b` has w's output dimensions. Backward, too, every matmul has operands of x's dtype: autodiff of a float32
-    accumulation would make them float32 x float32. The weight gradient leaves in float32, laid out as the parameter.
-    """
-    return _dense_forward(spec, names, x, w, b)[0]
-
-
-def _gathered(names, w, dtype):
-    w = partitioning.constrain(w.astype(dtype), partitioning.gathered_spec(names))
-    return checkpoint_name(w, "gathered")  # so that no policy keeps it from the forward pass
-
-
-def _summed_over_devices(spec, names) -> bool:
-    """Whether einsum(spec, x, w) adds parts that lie on different devices."""
-    inputs, out = spec.split("->")
-    w_dims = inputs.split(",")[1]
-    return partitioning.is_split(
-        [n for dim, n in zip(w_dims, names, strict=True) if dim not in out]
-    )
-
-
-def _dot(spec, names, x, w):
-    """einsum(spec, x, w), float32. Where the sum runs over devices it comes in x's dtype: the parts of 176B's residual
-    stream are most of what a step on a pod sends, and would be twice the bytes.
-    """
-    dtype = x.dtype if _summed_over_devices(spec, names) else jnp.float32
-    return jnp.einsum(spec, x, w, preferred_element_type=dtype)
-
-
-def _dense_forward(spec, names, x, w, b):
-    w = _gathered(names, w, x.dtype)
-    y = _dot(spec, names, x, w)
-    y = y.astype(jnp.float32) + b[(None,) * (y.ndim - b.ndim)]
-    return y.astype(x.dtype), (x, w)
-
-
-def _dense_backward(spec, names, residuals, g):
-    x, w = residuals
-    inputs, out = spec.split("->")
-    x_dims, w_dims = inputs.split(",")
-    dx_spec = f"{out},{w_dims}->{x_dims}"
-    dx = _dot(dx_spec, names, g, w).astype(x.dtype)
-    dw = jnp.einsum(f"{x_dims},{out}->{w_dims}", x, g, preferred_element_type=jnp.float32)
-    dw = partitioning.constrain(dw, partitioning.parameter_spec(names))
-    if _summed_over_devices(dx_spec, names):
-        dx = constrain_activation(dx, "batch", "residual_length", "embed")
-    if partitioning.is_split(names):
-        # Both before anything that follows: XLA would put off dw, and keep the gathered x and g of several matmuls for
-        # it (3.4 of 36.4 GiB a device of 176B on v5p).
-        dx, dw = jax.lax.optimization_barrier((dx, dw))
-    return dx, dw, jnp.sum(g.astype(jnp.float32), axis=(0, 1))
-
-
-dense.defvjp(_dense_forward, _dense_backward)
 
 
 def layer_norm(x_BLD, scale_D, bias_D, epsilon: float):
@@ -231,25 +175,6 @@ class LayerNorm(nn.Module):
         return layer_norm(x_BLD, scale_D, bias_D, self.epsilon)
 
 
-class Dense(nn.Module):
-    """Kernel and bias of one `dense`. `names` and `shape` are the kernel's; the bias has its last dimensions."""
-
-    spec: str
-    names: tuple[str | None, ...]
-    shape: tuple[int, ...]
-    bias_names: tuple[str | None, ...]
-    std: float
-
-    @nn.compact
-    def __call__(self, x) -> Any:
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.names)
-        w = self.param("kernel", init, self.shape, jnp.float32)
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names)
-        bias_shape = self.shape[len(self.shape) - len(self.bias_names) :]
-        b = self.param("bias", bias_init, bias_shape, jnp.float32)
-        return dense(self.spec, self.names, x, w, b)
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -263,10 +188,11 @@ class Block(nn.Module):
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
         out_std = c.init_std / math.sqrt(2 * c.num_layers)
         dropout = Dropout(c.hidden_dropout_rate, self.deterministic)
+        matmul = functools.partial(Dense, gradient_dtype=c.gradient_dtype)
 
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x_BLD)
         h_BLD = gather_length(h_BLD)
-        qkv_BLcHK = Dense(
+        qkv_BLcHK = matmul(
             "BLD,DcHK->BLcHK", ("embed", "qkv", "heads", "kv"), (D, 3, H, K), ("qkv", "heads", "kv"),
             c.init_std, name="qkv",
         )(h_BLD)  # fmt: skip
@@ -278,7 +204,7 @@ class Block(nn.Module):
             self._attend(q, k, v, documents_BL, start, k_valid_BS), "context"
         )
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
-        y_BLD = Dense(
+        y_BLD = matmul(
             "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), out_std, name="out"
         )(context_BLHK)
         y_BLD = scatter_length(y_BLD)
@@ -286,12 +212,12 @@ class Block(nn.Module):
 
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x_BLD)
         h_BLD = gather_length(h_BLD)
-        h_BLF = Dense("BLD,DF->BLF", ("embed", "mlp"), (D, F), ("mlp",), c.init_std, name="mlp_in")(
-            h_BLD
-        )
+        h_BLF = matmul(
+            "BLD,DF->BLF", ("embed", "mlp"), (D, F), ("mlp",), c.init_std, name="mlp_in"
+        )(h_BLD)
         h_BLF = constrain_activation(h_BLF, "batch", "length", "mlp")
         h_BLF = gelu(checkpoint_name(h_BLF, "pre_gelu"))
-        y_BLD = Dense("BLF,FD->BLD", ("mlp", "embed"), (F, D), ("norm",), out_std, name="mlp_out")(
+        y_BLD = matmul("BLF,FD->BLD", ("mlp", "embed"), (F, D), ("norm",), out_std, name="mlp_out")(
             h_BLF
         )
         y_BLD = scatter_length(y_BLD)

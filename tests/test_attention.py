@@ -12,12 +12,12 @@ from reference_bloom import jit
 from bloomjax.attention import (
     alibi_scores,
     alibi_slopes,
-    blocked_attention,
     cached_attention,
     document_numbers,
-    get_kernel,
     xla_attention,
 )
+from bloomjax.attention_kernels import get_kernel
+from bloomjax.blocked_attention import blocked_attention
 from bloomjax.errors import BadInput
 
 # (head, slope) as _build_alibi_tensor of bigscience-workshop/Megatron-DeepSpeed,

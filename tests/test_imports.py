@@ -15,10 +15,12 @@ from bloomjax import config
 # A module imports only from its own layer and those below; verbs stand above all others.
 LAYERS = (
     {"errors", "files"},
-    {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup"},
+    {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup", 
+     },
     {"minimise", "scaling_laws", "scaling_runs", "scaling_fits"},
     {"frontier_fits", "language_laws", "loss_curves"},
-    {"embedding"},
+    {"embedding", "dense", "blocked_attention"},
+    {"attention_kernels"},
     {"model", "optimizer", "mixture", "mixture_weights", "phases", "token_store", "vocabulary"},
     {"hf"},
     {"task_text", "prepare_pool", "prepare_beam", "prepare_shards"},
@@ -30,7 +32,7 @@ LAYERS = (
 )
 MAY_IMPORT_CONFIG = {
     "preflight", "model_dir", "train", "evaluate", "generate", "prepare", "verify_store", "export",
-    "import_hf",
+    "import_hf", 
 }  # fmt: skip
 HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "torch", "transformers"}
 

@@ -407,6 +407,27 @@ def test_no_matmul_has_float32_operands(remat_policy):
     assert set(dots) == {("bf16", "bf16", "f32")}
 
 
+def test_gradients_may_be_summed_in_bf16():
+    """Half the bytes of the scatter; 40 steps end with a loss within 0.2 % of float32 sums."""
+    mesh, tokens = (1, 8, 1), some_tokens()
+    final, scattered = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        config = dataclasses.replace(BF16, gradient_dtype=dtype)
+        step = compiled_step(mesh, config)
+        state, first = initial_state(mesh, config), None
+        for _ in range(40):
+            state, metrics = step(
+                state, batch_of(mesh, tokens), np.float32(0.05), jax.random.key(0)
+            )
+            first = float(metrics["loss"]) if first is None else first
+        final[dtype] = float(metrics["loss"])
+        assert final[dtype] < 0.9 * first
+        demanded = constraints(lowered_step(mesh, config))
+        scattered[dtype] = {shape for spec, shape in demanded if spec == "[{fsdp}, {tensor}]"}
+    assert scattered == {"float32": {"32x64xf32"}, "bfloat16": {"32x64xbf16"}}
+    assert 0 < abs(final["bfloat16"] / final["float32"] - 1) < 2e-3
+
+
 # ---- evaluation ----
 
 
