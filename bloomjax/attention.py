@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from bloomjax.errors import BadInput
 
@@ -92,6 +93,8 @@ def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BH
     )
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
     context_BLHK = context_of(p_BHLS, v_BSHK, keep_BHLS, keep_scale)
+    # Named here, where the backward pass takes it from: then a policy that keeps it spares the whole product.
+    context_BLHK = checkpoint_name(context_BLHK, "context")
     return context_BLHK, (q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, p_BHLS, context_BLHK)
 
 

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bloomjax.attention import attention_grads, block_scores, context_of
 
@@ -40,7 +41,8 @@ def _blocked_forward(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, doc
         context_BLHK = context_of(p_BHLS, v_BSHK[:, : block[1]], keep_BHLS, 1.0 / (1.0 - rate))
         parts.append((context_BLHK, jax.nn.logsumexp(scores_BHLS, axis=-1)))
     contexts, lses = zip(*parts, strict=True)
-    context_BLHK, lse_BHL = jnp.concatenate(contexts, axis=1), jnp.concatenate(lses, axis=2)
+    context_BLHK = checkpoint_name(jnp.concatenate(contexts, axis=1), "context")
+    lse_BHL = checkpoint_name(jnp.concatenate(lses, axis=2), "context")
     arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL
     return context_BLHK, (*arrays, context_BLHK, lse_BHL)
 

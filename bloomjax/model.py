@@ -200,9 +200,7 @@ class Block(nn.Module):
         qkv_BLcHK = checkpoint_name(qkv_BLcHK, "qkv")
         # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays.
         q, k, v = (a.squeeze(2) for a in jnp.split(qkv_BLcHK, 3, axis=2))
-        context_BLHK = checkpoint_name(
-            self._attend(q, k, v, documents_BL, start, k_valid_BS), "context"
-        )
+        context_BLHK = self._attend(q, k, v, documents_BL, start, k_valid_BS)
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = matmul(
             "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), out_std, name="out"

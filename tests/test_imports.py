@@ -16,7 +16,7 @@ from bloomjax import config
 LAYERS = (
     {"errors", "files"},
     {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup", 
-     },
+     "hlo", "jaxpr_flops"},
     {"minimise", "scaling_laws", "scaling_runs", "scaling_fits"},
     {"frontier_fits", "language_laws", "loss_curves"},
     {"embedding", "dense", "blocked_attention"},
