@@ -31,6 +31,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck tools/*.sh
 
 bench: venv  ## CPU figures; see benchmarks/NOTES.md
 	$(BIN)/python benchmarks/bench_startup.py

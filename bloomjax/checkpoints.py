@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from bloomjax import job
 from bloomjax.errors import BadInput
 
 
@@ -82,12 +83,17 @@ class Checkpoints:
         if keep_every_steps:
             self._keep.append(policies.EveryNSteps(keep_every_steps))
         self._manager: ocp.CheckpointManager | None = None
+        self._handlers: dict[str, Any] = {}
         self.directory: Path | None = None
         self.problems: list[str] = []
 
     def open(self, directory: Path | str, *, read_only: bool = False) -> None:
         """Looks at what is there; creates `directory` unless `read_only`."""
         self.directory = Path(directory).resolve()
+        self._handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=("state", "position"),
@@ -95,14 +101,12 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(self._keep),
                 create=not read_only,
                 cleanup_tmp_directories=False,  # see _remove_leftovers
+                single_host_load_and_broadcast=True,  # what process 0 sees is what there is
                 enable_async_checkpointing=True,
                 # `train` decides when to save.
                 should_save_fn=lambda step, latest: latest is None or step > latest,
             ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "position": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers=self._handlers,
         )
 
     @property
@@ -146,26 +150,23 @@ class Checkpoints:
         `abstract_state` is refused too. Imported parameters become a state by `from_params`. A damaged checkpoint is
         put aside as `damaged-<step>` and the one before is taken; BadInput if all are damaged. `problems` holds a line
         about each. What is no damage (no memory, no permission, a file system that does not answer) is raised as it is.
+        Of several processes all take the same step: damage that one of them sees is damage for all.
         """
         steps = self.steps()[::-1]
         damaged = []
         for step in steps:
             try:
-                position = self._restore_position(step)
+                position = self._together(step, self._restore_position, step)
                 check_position(position)
                 if is_imported(position) and from_params:
                     state = from_params(self.restore_params(step, abstract_state.params))
                 else:
                     self._check_arrays(step, abstract_state, position)
                     state = self._restore_state(step, abstract_state, position)
-            except BadInput:
-                raise
-            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                if _is_no_damage(error):
-                    raise
-                problem = self._damage(step, error)
-                logging.error("%s", problem)
-                self.problems.append(problem)
+            except _Damaged as error:
+                if job.is_main():
+                    logging.error("%s", error)
+                self.problems.append(str(error))
                 damaged.append(step)
                 continue
             for damaged_step in damaged:
@@ -226,10 +227,7 @@ class Checkpoints:
             self._manager = None
 
     def _restore_position(self, step: int) -> dict[str, Any]:
-        restored = self.manager.restore(
-            step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
-        )
-        position = restored["position"]
+        position = self._restore_item(step, "position", ocp.args.JsonRestore())
         if position.pop("checksum", None) != _checksum(position):
             raise ValueError("the position differs from its checksum")
         return position
@@ -249,10 +247,30 @@ class Checkpoints:
             )
 
     def _restore_state(self, step: int, abstract_state: Any, position: dict[str, Any]) -> Any:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        state = self.manager.restore(step, args=args)["state"]
-        _verify(state, position)
+        args = ocp.args.StandardRestore(abstract_state)
+        state = self._together(step, self._restore_item, step, "state", args)
+        # Not in one with the above: fingerprints are taken together, and a process with damage has nothing to take.
+        self._together(step, _verify, state, position)
         return state
+
+    def _together(self, step: int, read: Callable[..., Any], *args: Any) -> Any:
+        """read(*args); raises _Damaged on all processes when one of them meets damage."""
+        value, problem = None, None
+        try:
+            value = read(*args)
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            if isinstance(error, BadInput) or _is_no_damage(error) or job.is_lost_peer(error):
+                raise
+            problem = self._damage(step, error)
+        problems = [each for each in job.gather(problem) if each]
+        if problems:
+            raise _Damaged(problems[0])
+        return value
+
+    def _restore_item(self, step: int, name: str, args: Any) -> Any:
+        """Past Orbax's manager, which lets the processes wait for one that has met damage."""
+        assert self.directory is not None
+        return self._handlers[name].restore(self.directory / str(step) / name, args=args)
 
     def _damage(self, step: int, error: Exception) -> str:
         assert self.directory is not None
@@ -281,6 +299,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path)
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be restored; the message says which and why."""
 
 
 def deleted_meanwhile(checkpoint: Path) -> str:

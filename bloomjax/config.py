@@ -28,7 +28,8 @@ from absl import app, flags
 from gin import config as gin_config
 from gin import config_parser
 
-from bloomjax.errors import BadInput
+from bloomjax import job
+from bloomjax.errors import EXIT_RESTART, BadInput, Unreachable
 
 Configurables = Sequence[tuple[str, Sequence[str]]]
 Key = tuple[str, str, str]  # scope, selector, parameter; macro NAME is (NAME, _MACRO, "value")
@@ -40,6 +41,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),
     ("bloomjax.data", ("TrainData", "Phase", "EvalData")),
     ("bloomjax.mixture_weights", ("TemperatureWeights", "UniMaxWeights")),
+    ("bloomjax.distributed", ("Cluster",)),
     ("bloomjax.partitioning", ("MeshShape",)),
     ("bloomjax.checkpoints", ("Checkpoints",)),
     ("bloomjax.metrics", ("EventFileWriter", "clu_writer")),
@@ -94,16 +96,20 @@ def call(
     except BadInput as error:
         # To a constructor's error gin appends lines that say where it was called.
         message = str(error).split("\n  In call to configurable")[0]
-        print(f"bloomjax: {message}", file=sys.stderr)
-        result = 1
+        result = job.fail(1, message)
     except KeyboardInterrupt:
-        print("bloomjax: interrupted", file=sys.stderr)
-        result = 130
+        result = job.fail(130, "interrupted")
+    except Unreachable as error:
+        result = job.fail(EXIT_RESTART, str(error))
     except (
         BrokenPipeError
     ):  # of `| head`; else Python would complain once more when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        result = 1
+        result = job.fail(1, "nobody reads the output") if job.is_shared() else 1
+    except Exception as error:
+        if not job.is_shared():
+            raise
+        result = job.fail_with(error)
     finally:
         flags.FLAGS.remove_flag_values(own)
     sys.exit(result if isinstance(result, int) else 0)

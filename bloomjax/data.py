@@ -6,6 +6,7 @@ Dimension key: B rows of a batch (filled up to what the mesh divides), L sequenc
 import bisect
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,9 +34,9 @@ def filled_rows(num_rows: int, multiple: int) -> int:
 
 
 def check_filled_shares(
-    schedule: BatchSchedule, num_steps: int, multiple: int, max_filled_share: float
+    schedule: BatchSchedule, num_steps: int, num_rows: Callable[[int], int], max_filled_share: float
 ) -> list[str]:
-    """One line a stage that has to be filled.
+    """One line a stage that has to be filled; `num_rows` are those that a batch of so many samples runs as.
 
     BadInput where more than `max_filled_share` of the rows would be empty, or the run outgrows the sample numbers.
     """
@@ -48,13 +49,13 @@ def check_filled_shares(
         if stage.first_step > num_steps:
             break
         size = stage.batch_size_samples
-        rows = filled_rows(size, multiple)
+        rows = num_rows(size)
         share = 1 - size / rows
         if share > max_filled_share:
             raise BadInput(
                 f"a batch of {size} samples (from step {stage.first_step} on) fills only {1 - share:.0%} of the {rows} "
-                f"rows that this mesh and microbatch need (multiples of {multiple}); use fewer data x fsdp shards or a "
-                f"smaller microbatch, or allow it with "
+                f"rows that this mesh and microbatch need; use fewer data x fsdp shards or another microbatch, or "
+                f"allow it with "
                 f"--gin.TrainData.max_filled_share={math.ceil(share * 100) / 100}"
             )
         if rows != size:
@@ -239,6 +240,16 @@ def _named_weights(store: TokenStore, where: str) -> dict[str, float]:
     return found
 
 
+_LOCATED_SAMPLES = 1 << 14  # divides MAX_SAMPLES
+
+
+def _locate_block(mixture: PhasedMixture, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(source, window) of the samples [block, block + 1) * _LOCATED_SAMPLES."""
+    first = block * _LOCATED_SAMPLES
+    source, _, window = mixture.locate(np.arange(first, first + _LOCATED_SAMPLES))
+    return source, window
+
+
 class OpenTrainData:
     """Rows by sample number, and batches by step.
 
@@ -260,6 +271,7 @@ class OpenTrainData:
         self.mixture = mixture
         self.sequence_length = mixture.stretches[0].sequence_length
         self._num_prefetched = num_prefetched
+        self._locate_block = functools.lru_cache(2)(functools.partial(_locate_block, mixture))
 
     def identity(self, num_samples: int = 0) -> dict[str, Any]:
         """What decides which tokens the first samples are; saved with each checkpoint and compared on resume.
@@ -310,33 +322,53 @@ class OpenTrainData:
     def rows(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of these samples, which have one length L, int32 [len(samples), L + 1]."""
         length = self.sequence_length_of(int(samples[0])) if len(samples) else self.sequence_length
-        source, _, window = self.mixture.locate(samples)
-        rows = np.zeros((len(samples), length + 1), np.int32)
-        for number in np.unique(source):
-            at = source == number
+        rows = np.empty((len(samples), length + 1), np.int32)
+        source, window = self._locate(np.asarray(samples))
+        order = np.argsort(source, kind="stable")
+        numbers, firsts = np.unique(source[order], return_index=True)
+        cuts = [*firsts.tolist(), len(order)]
+        for number, (first, end) in zip(numbers.tolist(), itertools.pairwise(cuts), strict=True):
             store, language = self.sources[self.mixture.names[number]]
-            rows[at] = store.read_windows(language, "train", window[at], length)
+            at = order[first:end]
+            store.read_windows_into(rows, at, language, "train", window[at])
         return rows
 
-    def batch(self, step: int, schedule: BatchSchedule, mesh: Mesh, multiple: int) -> Batch:
-        """The batch of `step` (1-based), filled with rows of weight 0 to a multiple of `multiple`."""
+    def _locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, window) of each sample; those near each other come from one call, which costs little more."""
+        blocks = samples // _LOCATED_SAMPLES
+        block = int(blocks[0]) if len(blocks) else -1
+        if not 0 <= block < MAX_SAMPLES // _LOCATED_SAMPLES or (blocks != block).any():
+            source, _, window = self.mixture.locate(samples)
+            return source, window
+        source, window = self._locate_block(block)
+        within = samples % _LOCATED_SAMPLES
+        return source[within], window[within]
+
+    def batch(
+        self, step: int, schedule: BatchSchedule, mesh: Mesh, num_rows: Callable[[int], int]
+    ) -> Batch:
+        """The batch of `step` (1-based), filled with rows of weight 0 to `num_rows` of its size."""
         first, size = schedule.samples_after(step - 1), schedule.batch_size(step)
-        num_rows = filled_rows(size, multiple)
-        mine = host_rows(num_rows, mesh)
+        mine = host_rows(num_rows(size), mesh)
         mine = mine[mine < size]
         tokens = dict(zip(mine.tolist(), self.rows(first + mine), strict=True))
-        return put_batch(tokens, num_rows, self.sequence_length_of(first) + 1, mesh)
+        return put_batch(tokens, num_rows(size), self.sequence_length_of(first) + 1, mesh)
 
     def batches(
-        self, first_step: int, last_step: int, schedule: BatchSchedule, mesh: Mesh, multiple: int
+        self,
+        first_step: int,
+        last_step: int,
+        schedule: BatchSchedule,
+        mesh: Mesh,
+        num_rows: Callable[[int], int],
     ) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from first_step to last_step, read ahead on a thread."""
+        """(step, batch) from first_step to last_step, read ahead on a thread; `num_rows` as in `batch`."""
         with concurrent.futures.ThreadPoolExecutor(1, "batches") as pool:
             ahead: list[concurrent.futures.Future] = []
             for step in range(first_step, last_step + 1):
                 while len(ahead) < self._num_prefetched and step + len(ahead) <= last_step:
                     ahead.append(
-                        pool.submit(self.batch, step + len(ahead), schedule, mesh, multiple)
+                        pool.submit(self.batch, step + len(ahead), schedule, mesh, num_rows)
                     )
                 yield step, ahead.pop(0).result()
 

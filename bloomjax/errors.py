@@ -1,4 +1,6 @@
-"""The one exception that means "the input is wrong, not the program"."""
+"""What ends a run that is no mistake of the program: wrong input, a process that is lost."""
+
+EXIT_RESTART = 75  # EX_TEMPFAIL: the launcher may start the same command again
 
 
 class BadInput(ValueError):
@@ -6,3 +8,7 @@ class BadInput(ValueError):
 
     The verbs print it without a traceback and exit with 1.
     """
+
+
+class Unreachable(RuntimeError):
+    """Another process of the job does not answer; the verbs print one line and exit with EXIT_RESTART."""

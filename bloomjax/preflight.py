@@ -3,16 +3,18 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
-from bloomjax import config, flops, partitioning
+from bloomjax import config, flops, job, partitioning
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
 from bloomjax.model import Bloom
+from bloomjax.token_store import store_exists
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 
@@ -33,8 +35,29 @@ def check_model(model: Bloom, mesh: Mesh, sequence_lengths: Iterable[int]) -> No
         )
 
 
+def check_compiler_options(options: Mapping[str, bool | int | str] | None) -> None:
+    """BadInput names an option that this platform's compiler does not know, before minutes go into the model."""
+    try:
+        jax.jit(lambda x: x, compiler_options=dict(options or {})).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"StepOptions.compiler_options on {jax.default_backend()}: {reason}"
+        ) from None
+
+
+def prepare_if_needed(store_dir: str, text_dir: str | None) -> int:
+    """Makes vocabulary and token store where there is none; given `text_dir` it also checks the one there is.
+
+    On process 0; the others wait. Its exit code.
+    """
+    return job.on_main(
+        lambda: prepare_in_subprocess() if text_dir or not store_exists(store_dir) else 0
+    )
+
+
 def prepare_in_subprocess() -> int:
-    """Makes vocabulary and token store in a process of its own, so that this one never loads TensorFlow."""
+    """In a process of its own, so that this one never loads TensorFlow."""
     command = [sys.executable, "-m", "bloomjax.prepare", *config.arguments(), "--nowarn_unused"]
     return abs(subprocess.run(command, check=False).returncode)
 
@@ -56,7 +79,9 @@ def open_matching_vocabulary(path: str, data: OpenTrainData, model: Bloom) -> Vo
 
 
 def keep_vocabulary(vocabulary: Vocabulary, model_dir: Path) -> None:
-    """The run's own copy, in place of one that a start before the first checkpoint may have left."""
+    """The run's own copy (process 0's), in place of one that a start before the first checkpoint may have left."""
+    if not job.is_main():
+        return
     target = model_dir / "vocabulary" / vocabulary.path.name
     if target.exists() and open_vocabulary(target).fingerprint == vocabulary.fingerprint:
         return

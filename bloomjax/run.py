@@ -14,12 +14,11 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 import bloomjax
-from bloomjax import decoding, flops, language_report
+from bloomjax import decoding, flops, job, language_report
 from bloomjax.checkpoints import Checkpoints, is_imported
 from bloomjax.data import OpenTrainData
-from bloomjax.errors import BadInput
+from bloomjax.errors import EXIT_RESTART, BadInput
 from bloomjax.files import write_whole
-from bloomjax.health import EXIT_RESTART
 from bloomjax.metrics import Journal, MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
 from bloomjax.schedules import BatchSchedule, CosineSchedule
@@ -57,7 +56,7 @@ class Run:
         self._model = model
         self._data = data
         self._checkpoints = checkpoints
-        self._is_main = jax.process_index() == 0
+        self._is_main = job.is_main()
         self._pending: dict[str, Any] | None = None  # record of the newest step
         self._make_writer = writer
         self._config_text = config_text
@@ -71,19 +70,20 @@ class Run:
         self._origin = "starts"
         self._was_done = False
         self._progress: Progress | None = None  # on the main process, while there are steps to do
-        if jax.process_count() > 1:
-            raise BadInput("training on several hosts is not supported yet")
         if eval_every_steps < 1:
             raise BadInput(f"eval_every_steps must be at least 1, got {eval_every_steps}")
-        self._lock = lock_model_dir(model_dir)
+        self._lock = lock_model_dir(model_dir) if self._is_main else None
         self._metrics = MetricsFile(self.model_dir, self._is_main)
         self._journal = Journal(self.model_dir, self._is_main)
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
         """Whatever ends the run, a checkpoint that is being written gets finished, and the folder is free again."""
+        del kind, trace
+        if job.is_lost_peer(error):
+            return  # no save is finished without it, and the process ends at once
         try:
             self._checkpoints.close()
             if self._writer:
@@ -91,7 +91,8 @@ class Run:
             if self._progress:
                 self._progress.close()
         finally:
-            self._lock.close()
+            if self._lock:
+                self._lock.close()
 
     def _flops_per_token_of(self, sequence_length: int) -> flops.FlopCount:
         c = self._model.config
@@ -163,7 +164,7 @@ class Run:
                 self._metrics.resume_after(-1)
                 return state
         self._metrics.resume_after(self.step if state else -1)
-        last = self._metrics.last()
+        last = job.on_main(self._metrics.last)
         if state and (not last or last["step"] < self.step or self._lacks_evaluation(last)):
             # The process died between saving this step and writing its record.
             self._metrics.resume_after(self.step - 1)
@@ -173,10 +174,14 @@ class Run:
 
     def announce(self, state: TrainState, filled: list[str]) -> None:
         """The parameter table, what a step is, and from where the run goes on."""
+        here = {
+            "host": os.uname().nodename, "pid": os.getpid(), "devices": [d.id for d in jax.local_devices()]
+        }  # fmt: skip
+        processes = job.gather(here)
         self._journal.write(
-            "start", step=self.step, samples=self.samples, num_steps=self._num_steps, pid=os.getpid(),
-            host=os.uname().nodename, device=self._device_kind, num_devices=self._num_devices,
-            jax=jax.__version__, bloomjax=bloomjax.__version__,
+            "start", step=self.step, samples=self.samples, num_steps=self._num_steps, pid=here["pid"],
+            host=here["host"], device=self._device_kind, num_devices=self._num_devices,
+            jax=jax.__version__, bloomjax=bloomjax.__version__, processes=processes,
         )  # fmt: skip
         if self._is_main:
             if self._config_text.strip():  # empty when no gin file was read
@@ -190,7 +195,7 @@ class Run:
         if self.step == 0:
             print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         print(
-            f"{self._num_devices} x {self._device_kind}; batch {batch_size} samples = "
+            f"{self._num_devices} x {self._device_kind}{_spread(len(processes))}; batch {batch_size} samples = "
             f"{batch_size * self._data.sequence_length_of(self.samples):,} tokens a step; "
             f"{self._flops_per_token.causal:,.0f} "
             f"FLOPs a token (causal), {self._flops_per_token.megatron_model:,.0f} (Megatron), "
@@ -424,6 +429,10 @@ def sample_texts(
         top_p=0.9,
     )
     return [vocabulary.decode(text) for text in texts]
+
+
+def _spread(num_processes: int) -> str:
+    return f" in {num_processes} processes" if num_processes > 1 else ""
 
 
 def _brief(value: Any) -> str:

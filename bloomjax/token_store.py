@@ -9,7 +9,8 @@ documents of each language are the split 'validation', the others 'train' (BLOOM
 5 % by document index). Every inner chunk and every shard index carries a crc32c, the manifest the
 SHA-256 of each array description and of the tokens.
 
-A store is a local folder or a URL that TensorStore has a driver for: file://, gs://, s3://.
+A store is a local folder or a URL that TensorStore has a driver for: file://, gs://, s3://. Tokens
+in a local folder are read by local_shards.py, a tenth of the price.
 It is immutable: `build_store` makes it under another name and renames it at the end.
 """
 
@@ -30,7 +31,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore
 
+from bloomjax import kvstores
 from bloomjax.errors import BadInput
+from bloomjax.local_shards import LocalTokens, ShardFiles, Unreadable
 from bloomjax.vocabulary import Vocabulary
 
 TRAIN, VALIDATION = "train", "validation"
@@ -40,14 +43,13 @@ _FORMAT = "bloomjax token store"
 _VERSION = 1
 _MANIFEST = "manifest.json"
 _LABEL = re.compile(r"[A-Za-z0-9_-]+")
-_CHUNK_BYTES = 1 << 16  # read at once: 16,384 tokens
+# Read and checked at once: 1,024 tokens, since the last token of a window needs the whole chunk it is in.
+_CHUNK_BYTES = 1 << 12
 _SHARD_BYTES = 1 << 26  # one file: 16,777,216 tokens
 _MISSING = (1 << 32) - 1  # fill value: no vocabulary reaches it, so a hole cannot pass for text
 _DOCUMENTS_PER_BATCH = 256
 _WINDOWS_IN_FLIGHT = 256
 _VERIFY_BLOCK_TOKENS = 1 << 20
-# One for all stores: limits of concurrency, credentials, and what memory:// keeps.
-_STORAGE = tensorstore.Context()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +133,9 @@ def build_store(
     Raises:
       BadInput: `path` exists already, or its parent cannot be written.
     """
-    local = _local_path(path)
+    local = kvstores.local_path(path)
     if local is None:
-        if _read_value(_kvstore(path), _MANIFEST, path) is not None:
+        if kvstores.read_value(kvstores.kvstore(path), _MANIFEST, path) is not None:
             raise BadInput(f"{path} exists already and is not overwritten")
         yield str(path)
         return
@@ -304,7 +306,7 @@ def write_manifest(
     }
     manifest["fingerprint"] = _fingerprint(manifest)
     manifest["checksum"] = _sha256(_serialise(manifest))
-    _write_value(root, _MANIFEST, _serialise(manifest))
+    kvstores.write_value(root, _MANIFEST, _serialise(manifest))
     return manifest["fingerprint"]
 
 
@@ -387,7 +389,9 @@ class _ArrayWriter:
         """Writes the rest; returns the SHA-256 of the values and of the array's description."""
         if self._num_pending:
             self._write(np.concatenate(self._pending))
-        description = _read_value(_kvstore(self._root), f"{self._name}/zarr.json", self._root)
+        description = kvstores.read_value(
+            kvstores.kvstore(self._root), f"{self._name}/zarr.json", self._root
+        )
         assert description is not None, "close() of an array without values"
         return {"sha256": self._sha256.hexdigest(), "zarr_sha256": _sha256(description)}
 
@@ -403,7 +407,9 @@ class _ArrayWriter:
                 self._array = self._array.resize(exclusive_max=[stop]).result()
             self._array[start:stop].write(values).result()
         except Exception as error:
-            raise BadInput(f"cannot write {self._name} in {self._root}: {_reason(error)}") from None
+            raise BadInput(
+                f"cannot write {self._name} in {self._root}: {kvstores.reason(error)}"
+            ) from None
         self._num_written = stop
 
     def _create(self, length: int) -> tensorstore.TensorStore:
@@ -426,11 +432,11 @@ class _ArrayWriter:
         }
         spec = {
             "driver": "zarr3",
-            "kvstore": _kvstore(self._root, self._name),
+            "kvstore": kvstores.kvstore(self._root, self._name),
             "metadata": metadata,
             "store_data_equal_to_fill_value": True,
         }
-        return tensorstore.open(spec, create=True, context=_context(0)).result()
+        return tensorstore.open(spec, create=True, context=kvstores.context_of(0)).result()
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -443,7 +449,7 @@ class TokenStore:
 
     Args:
       path: local folder, or a file://, gs:// or s3:// URL.
-      cache_bytes: memory for chunks that were read, for all arrays together.
+      cache_bytes: memory for chunks that TensorStore read, for all arrays together.
 
     Attributes:
       manifest: the parsed manifest.json.
@@ -462,9 +468,10 @@ class TokenStore:
         self.fingerprint: str = self.manifest["fingerprint"]
         self.vocabulary_fingerprint: str = self.manifest["vocabulary"]["fingerprint"]
         self.vocab_size: int = self.manifest["vocabulary"]["size"]
-        self._context = _context(cache_bytes)
+        self._context = kvstores.context_of(cache_bytes)
         self._descriptions = self._read_descriptions()
         self._arrays: dict[str, tensorstore.TensorStore] = {}
+        self._local = self._local_tokens()
 
     def num_tokens(self, language: str, split: str) -> int:
         """Number of tokens, `</s>` included."""
@@ -488,9 +495,14 @@ class TokenStore:
         num_tokens = self.num_tokens(language, split)
         if not 0 <= start <= stop <= num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {num_tokens} of {language} {split}")
-        future = self._array(language, split, "tokens")[start:stop].read()
-        tokens = self._result(future, language, split, start, stop)
-        self._check_ids(tokens, language, split, start, stop)
+        tokens = None
+        if (local := self._local.get((language, split))) is not None:
+            with contextlib.suppress(Unreadable):  # then TensorStore says what is wrong
+                tokens = local.read(start, stop)
+        if tokens is None:
+            future = self._array(language, split, "tokens")[start:stop].read()
+            tokens = self._result(future, language, split, start, stop)
+        self._check_ids(tokens, language, split, start)
         return tokens
 
     def read_windows(
@@ -511,24 +523,42 @@ class TokenStore:
           BadInput: a window is damaged or cannot be read.
           IndexError: a window is not inside the split.
         """
-        num_windows = self.num_windows(language, split, sequence_length)
-        starts = [int(w) * sequence_length for w in windows]
-        if starts and not 0 <= min(starts) <= max(starts) < num_windows * sequence_length:
+        rows = np.empty((len(windows), sequence_length + 1), np.int32)
+        self.read_windows_into(rows, np.arange(len(windows)), language, split, windows)
+        return rows
+
+    def read_windows_into(
+        self, rows: np.ndarray, at: np.ndarray, language: str, split: str, windows: np.ndarray
+    ) -> None:
+        """`read_windows` that fills row at[i] of `rows`, int32 [m, L + 1], with window windows[i]."""
+        length = rows.shape[1]
+        numbers, wanted = at.tolist(), windows.tolist()
+        num_windows = self.num_windows(language, split, length - 1)
+        if wanted and not 0 <= min(wanted) <= max(wanted) < num_windows:
             raise IndexError(
-                f"{language} {split} has {num_windows} windows of {sequence_length} tokens, "
-                f"asked for {min(windows)} to {max(windows)}"
+                f"{language} {split} has {num_windows} windows of {length - 1} tokens, "
+                f"asked for {min(wanted)} to {max(wanted)}"
             )
+        starts = [window * (length - 1) for window in wanted]
+        tokens = rows.view(np.uint32)
+        if (local := self._local.get((language, split))) is not None:
+            with contextlib.suppress(Unreadable):  # then TensorStore says what is wrong
+                local.read_into(starts, tokens, numbers)
+                return
+        self._read_with_tensorstore(tokens, numbers, language, split, starts)
+
+    def _read_with_tensorstore(
+        self, rows: np.ndarray, at: list[int], language: str, split: str, starts: list[int]
+    ) -> None:
         array = self._array(language, split, "tokens")
-        length = sequence_length + 1
-        tokens = np.empty((len(starts), length), np.int32)
+        length = rows.shape[1]
         for first in range(0, len(starts), _WINDOWS_IN_FLIGHT):
             group = starts[first : first + _WINDOWS_IN_FLIGHT]
             futures = [array[start : start + length].read() for start in group]
-            for row, (start, future) in enumerate(zip(group, futures, strict=True), first):
+            for i, (start, future) in enumerate(zip(group, futures, strict=True), first):
                 window = self._result(future, language, split, start, start + length)
-                self._check_ids(window, language, split, start, start + length)
-                tokens[row] = window
-        return tokens
+                self._check_ids(window, language, split, start)
+                rows[at[i]] = window
 
     def read_document_ends(self, language: str, split: str) -> np.ndarray:
         """Number of the first token after each document, uint64 [num_documents], increasing."""
@@ -584,7 +614,7 @@ class TokenStore:
         eos_positions = []
         num_tokens = expected["num_tokens"]
         ends = self.read_document_ends(language, split)
-        chunk = _CHUNK_BYTES // 4
+        chunk = self._chunk_tokens(language, split)
         last_chunk = self.read(language, split, (num_tokens - 1) // chunk * chunk, num_tokens)
         eos_id = last_chunk[-1]
         for start in range(0, num_tokens, _VERIFY_BLOCK_TOKENS):
@@ -605,10 +635,15 @@ class TokenStore:
         try:
             return self.read(language, split, start, stop)
         except BadInput:
-            chunk = _CHUNK_BYTES // 4
+            chunk = self._chunk_tokens(language, split)
             for chunk_start in range(start, stop, chunk):
                 self.read(language, split, chunk_start, min(chunk_start + chunk, stop))
             raise
+
+    def _chunk_tokens(self, language: str, split: str) -> int:
+        """Of the array as it is: once it was 16,384."""
+        codec = self._descriptions[_array_name(language, split, "tokens")]["codecs"][0]
+        return codec["configuration"]["chunk_shape"][0]
 
     def _split(self, language: str, split: str) -> dict[str, Any]:
         if language not in self.manifest["languages"]:
@@ -624,7 +659,7 @@ class TokenStore:
             self._split(language, split)
             spec = {
                 "driver": "zarr3",
-                "kvstore": _kvstore(self.path, name),
+                "kvstore": kvstores.kvstore(self.path, name),
                 "metadata": self._descriptions[name],
                 # By default a missing file reads as fill values, without an error.
                 "fill_missing_data_reads": False,
@@ -636,6 +671,20 @@ class TokenStore:
             ).result()
         return self._arrays[name]
 
+    def _local_tokens(self) -> dict[tuple[str, str], LocalTokens]:
+        """The arrays of tokens that need no TensorStore, by language and split."""
+        root = kvstores.local_path(self.path)
+        if root is None:
+            return {}
+        files, found = ShardFiles(), {}
+        for language, split in itertools.product(self.languages, SPLITS):
+            name = _array_name(language, split, "tokens")
+            folder = os.path.join(os.path.abspath(root), name)
+            array = LocalTokens.of(folder, self._descriptions[name], self.vocab_size, files)
+            if array is not None:
+                found[language, split] = array
+        return found
+
     def _read_descriptions(self) -> dict[str, Any]:
         """The zarr.json of every array, checked against the manifest. All are read at once."""
         expected = {}
@@ -645,11 +694,11 @@ class TokenStore:
                 for kind, count in (("tokens", "num_tokens"), ("document_ends", "num_documents")):
                     name = _array_name(language, split, kind)
                     expected[name] = (lengths[count], lengths[kind]["zarr_sha256"])
-        kvstore = _open_kvstore(_kvstore(self.path), self.path)
+        kvstore = kvstores.open_kvstore(kvstores.kvstore(self.path), self.path)
         futures = {name: kvstore.read(f"{name}/zarr.json") for name in expected}
         descriptions = {}
         for name, (length, digest) in expected.items():
-            data = _value(futures[name], f"{self.path}/{name}/zarr.json")
+            data = kvstores.value_of(futures[name], f"{self.path}/{name}/zarr.json")
             if data is None:
                 raise BadInput(f"{self.path} is not whole: the array {name} is missing")
             descriptions[name] = _parse_json(data)
@@ -663,13 +712,11 @@ class TokenStore:
                 raise BadInput(f"{self.path} is damaged: {name}/zarr.json is not as written")
         return descriptions
 
-    def _check_ids(
-        self, tokens: np.ndarray, language: str, split: str, start: int, stop: int
-    ) -> None:
-        if tokens.size and tokens.max() >= self.vocab_size:
+    def _check_ids(self, tokens: np.ndarray, language: str, split: str, start: int) -> None:
+        if tokens.size and (largest := tokens.max()) >= self.vocab_size:
             raise BadInput(
-                f"{self.path}: {language} {split} tokens {start} to {stop} are damaged: "
-                f"id {tokens.max()} in a vocabulary of {self.vocab_size}"
+                f"{self.path}: {language} {split} tokens {start} to {start + len(tokens)} are "
+                f"damaged: id {largest} in a vocabulary of {self.vocab_size}"
             )
 
     def _result(self, future: Any, language: str, split: str, start: int, stop: int) -> np.ndarray:
@@ -678,26 +725,26 @@ class TokenStore:
         except Exception as error:
             raise BadInput(
                 f"{self.path}: {language} {split} tokens {start} to {stop} cannot be read: "
-                f"{_reason(error)}"
+                f"{kvstores.reason(error)}"
             ) from None
 
 
-# --- The manifest and the key-value store below --------------------------------------------------
+# --- The manifest --------------------------------------------------------------------------------
 
 
 def store_exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is a finished store at `path` (its manifest may still be damaged)."""
-    local = _local_path(path)
+    local = kvstores.local_path(path)
     if local is not None and not local.is_dir():
         return False
-    return _read_value(_kvstore(path), _MANIFEST, path) is not None
+    return kvstores.read_value(kvstores.kvstore(path), _MANIFEST, path) is not None
 
 
 def _read_manifest(path: str) -> dict[str, Any]:
-    local = _local_path(path)
+    local = kvstores.local_path(path)
     if local is not None and not local.is_dir():
         raise BadInput(f"there is no token store {path}; make it with python -m bloomjax.prepare")
-    data = _read_value(_kvstore(path), _MANIFEST, path)
+    data = kvstores.read_value(kvstores.kvstore(path), _MANIFEST, path)
     if data is None:
         raise BadInput(
             f"{path} is no token store: it has no {_MANIFEST}; make one with "
@@ -753,57 +800,3 @@ def _batched(items: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
 
 def _array_name(language: str, split: str, kind: str) -> str:
     return f"{language}/{split}/{kind}"
-
-
-def _context(cache_bytes: int) -> tensorstore.Context:
-    return tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}}, parent=_STORAGE)
-
-
-def _local_path(path: str | os.PathLike[str]) -> Path | None:
-    """The local folder of `path`, None for a URL of something else."""
-    text = os.fspath(path)
-    if "://" not in text:
-        return Path(text)
-    return Path(text.removeprefix("file://")) if text.startswith("file://") else None
-
-
-def _kvstore(path: str | os.PathLike[str], name: str = "") -> Any:
-    """TensorStore's specification of the folder `name` below `path`."""
-    local = _local_path(path)
-    if local is not None:
-        return {"driver": "file", "path": os.path.join(os.path.abspath(local), name, "")}
-    return os.fspath(path).rstrip("/") + "/" + (f"{name}/" if name else "")
-
-
-def _open_kvstore(spec: Any, path: str | os.PathLike[str]) -> tensorstore.KvStore:
-    try:
-        return tensorstore.KvStore.open(spec, context=_STORAGE).result()
-    except Exception as error:
-        raise BadInput(f"cannot open {path}: {_reason(error)}") from None
-
-
-def _read_value(spec: Any, key: str, path: str | os.PathLike[str]) -> bytes | None:
-    return _value(_open_kvstore(spec, path).read(key), f"{path}/{key}")
-
-
-def _value(future: Any, name: str) -> bytes | None:
-    """The bytes a KvStore read gives, None if there is no such key."""
-    try:
-        result = future.result()
-    except Exception as error:
-        raise BadInput(f"cannot read {name}: {_reason(error)}") from None
-    return None if result.state == "missing" else result.value
-
-
-def _write_value(path: str | os.PathLike[str], key: str, value: bytes) -> None:
-    try:
-        _open_kvstore(_kvstore(path), path).write(key, value).result()
-    except BadInput:
-        raise
-    except Exception as error:
-        raise BadInput(f"cannot write {path}/{key}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """TensorStore's message on one line, without its lists of source lines."""
-    return " ".join(str(error).split(" [", 1)[0].split())

@@ -6,34 +6,31 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import config, partitioning
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.data import EvalData, TrainData, check_filled_shares
+from bloomjax.distributed import Cluster
 from bloomjax.errors import BadInput
 from bloomjax.health import StopSignals
 from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
 from bloomjax.preflight import (
+    check_compiler_options,
     check_model,
     keep_vocabulary,
     open_matching_vocabulary,
-    prepare_in_subprocess,
+    prepare_if_needed,
 )
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
 from bloomjax.startup import keep_freed_memory, use_compilation_cache
-from bloomjax.token_store import store_exists
 from bloomjax.train_step import (
     Batch,
     StepOptions,
     TrainState,
     abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-    state_of,
+    jit_programs,
 )
 
 
@@ -54,6 +51,7 @@ def train(
     eval_every_steps: int,
     train_steps: int | None = None,
     train_samples: int | None = None,
+    cluster: Cluster | None = None,
     needs_checkpoint: bool = False,
     prepare: Callable[..., Any] | None = None,
     text_dir: str | None = None,
@@ -70,6 +68,7 @@ def train(
       step: microbatches and the like.
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
+      cluster: joins the processes of the job, if there are several; None in a process that is alone.
       needs_checkpoint: refuse to start anew; of an imported model.
       prepare: if bound, a missing store is made, by `python -m bloomjax.prepare` with the same flags.
       text_dir: if given, that also checks that an existing store was made from this text.
@@ -84,21 +83,22 @@ def train(
     Raises:
       BadInput: anything given does not fit together; nothing was overwritten.
     """
-    # ---- mesh ----
+    # ---- processes, mesh ----
     if reuse_host_memory:
         keep_freed_memory()
+    if cluster is not None:
+        cluster.start()
     use_compilation_cache(compilation_cache_dir)
     device_mesh = mesh.build()
     check_model(model, device_mesh, train_data.sequence_lengths)
+    check_compiler_options(step.compiler_options)
     num_steps = run_length_steps(batch_schedule, train_steps, train_samples)
-    multiple = step.row_multiple(device_mesh)
-    filled = check_filled_shares(batch_schedule, num_steps, multiple, train_data.max_filled_share)
+    num_rows = functools.partial(step.num_rows, mesh=device_mesh)
+    filled = check_filled_shares(batch_schedule, num_steps, num_rows, train_data.max_filled_share)
 
     # ---- data ----
-    if prepare is not None and (text_dir or not store_exists(train_data.store_dir)):
-        code = prepare_in_subprocess()
-        if code:
-            return code  # it has said why
+    if prepare is not None and (code := prepare_if_needed(train_data.store_dir, text_dir)):
+        return code  # it has said why
     data = train_data.open()
     filled += data.check_phases(batch_schedule, num_steps)
     vocabulary = open_matching_vocabulary(vocabulary_path, data, model)
@@ -124,12 +124,12 @@ def train(
             state = init(seed)
         run.announce(state, filled)
         keep_vocabulary(vocabulary, run.model_dir)
-        batches = data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, multiple)
+        batches = data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, num_rows)
         key = jax.random.key(seed + 1)
         with jax.set_mesh(device_mesh), StopSignals() as signals:
             state = loop(run, signals, state, train_step, eval_step, batches, eval_batches, key)
-        if signals.received and run.step < num_steps:
-            return run.stop(signals.received)
+        if signals.stopped_by and run.step < num_steps:
+            return run.stop(signals.stopped_by)
         run.finish(state, vocabulary, sample_prompts)
     return 0
 
@@ -148,9 +148,10 @@ def loop(
     while True:
         # Stop before all else: a job that was told to end has little time. Save before evaluating:
         # BLOOM lost 30 hours to evaluations that hung before the save.
-        if signals.received or run.is_save_due():
+        is_stopping = signals.is_stop_due(run.step)
+        if is_stopping or run.is_save_due():
             run.save(state)
-        if signals.received:
+        if is_stopping:
             return state
         if run.is_evaluation_due():
             run.evaluate(eval_step, state.params, eval_batches)
@@ -159,30 +160,6 @@ def loop(
         _, batch = next(batches)
         state, metrics = train_step(state, batch, run.next_learning_rate(), dropout_key)
         run.finish_step(metrics)
-
-
-def jit_programs(
-    model: Bloom,
-    optimizer: optax.GradientTransformation,
-    step: StepOptions,
-    mesh: Mesh,
-    abstract: TrainState,
-) -> tuple[Callable[..., Any], ...]:
-    """init(seed), from_params (imported ones), train_step and eval_step, with the shardings of `abstract`; from_params
-    and train_step take their first argument away."""
-    state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    init = jax.jit(functools.partial(init_state, model, optimizer), out_shardings=state_shardings)
-    from_params = jax.jit(
-        functools.partial(state_of, optimizer), donate_argnums=0, out_shardings=state_shardings
-    )
-    train_step = jax.jit(
-        make_train_step(model, optimizer, step, mesh),
-        donate_argnums=0,
-        out_shardings=(state_shardings, replicated),
-    )
-    eval_step = jax.jit(make_eval_step(model, step), out_shardings=replicated)
-    return init, from_params, train_step, eval_step
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ class StepOptions:
     """How a step is computed; only z_loss changes what.
 
     Attributes:
-      microbatch_size_samples: rows a batch shard works on at a time; None takes the whole batch at once. Gradients
-        are accumulated in float32.
+      microbatch_size_samples: rows a batch shard works on at a time, at most: its rows are dealt evenly to as many
+        microbatches as that takes. None takes them all at once. Gradients are accumulated in float32.
       z_loss: weight of logsumexp^2.
       loss_chunk_tokens: tokens of one device whose logits exist at a time.
       compiler_options: XLA's, for the program of the train step; a name it does not know is an error.
@@ -51,16 +51,21 @@ class StepOptions:
     compiler_options: Mapping[str, bool | int | str] | None = None
 
     def __post_init__(self):
-        if self.microbatch_size_samples is not None and self.microbatch_size_samples < 1:
-            raise BadInput(
-                f"microbatch_size_samples must be at least 1 or None, got {self.microbatch_size_samples}"
-            )
-        if self.loss_chunk_tokens < 1:
-            raise BadInput(f"loss_chunk_tokens must be at least 1, got {self.loss_chunk_tokens}")
+        for name in ("microbatch_size_samples", "loss_chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1, got {value}")
 
-    def row_multiple(self, mesh: Mesh) -> int:
-        """A batch has a multiple of this many rows (`train` fills it up)."""
-        return partitioning.num_batch_shards(mesh) * (self.microbatch_size_samples or 1)
+    def num_rows(self, num_samples: int, mesh: Mesh) -> int:
+        """Rows of a batch of so many samples: as many for each batch shard and microbatch (`train` fills it up)."""
+        num_shards = partitioning.num_batch_shards(mesh)
+        rows = -(-num_samples // num_shards)
+        num_microbatches = self.num_microbatches(rows)
+        return num_shards * num_microbatches * -(-rows // num_microbatches)
+
+    def num_microbatches(self, rows_of_a_shard: int) -> int:
+        """In how many parts a batch shard works on its rows."""
+        return -(-rows_of_a_shard // (self.microbatch_size_samples or rows_of_a_shard))
 
 
 def init_state(model: Bloom, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -167,10 +172,9 @@ def make_train_step(
         num_rows, length = batch["tokens"].shape
         token_weight = 1.0 / (jnp.sum(batch["weights"]) * (length - 1))
         key = jax.random.fold_in(dropout_key, state.step) if has_dropout else None
-        multiple = options.row_multiple(mesh)
-        if num_rows % multiple:
-            raise ValueError(f"a batch of {num_rows} rows is no multiple of {multiple}")
-        num_microbatches = num_rows // multiple if options.microbatch_size_samples else 1
+        if options.num_rows(num_rows, mesh) != num_rows:
+            raise ValueError(f"{num_rows} rows cannot be dealt evenly to this mesh and microbatch")
+        num_microbatches = options.num_microbatches(num_rows // partitioning.num_batch_shards(mesh))
         if num_microbatches == 1:
             loss, grads = loss_and_grads(state.params, batch, token_weight, key)
         else:

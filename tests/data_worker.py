@@ -5,6 +5,7 @@
 Prints a line "sample crc32" for each row with weight 1 that lies on a device of this process.
 """
 
+import functools
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ def main(job: dict) -> None:
 
     if job["num_processes"] > 1:
         jax.distributed.initialize(job["address"], job["num_processes"], job["process"])
-    from bloomjax.data import TrainData
+    from bloomjax.data import TrainData, filled_rows
     from bloomjax.partitioning import MeshShape
     from bloomjax.schedules import BatchSchedule
 
@@ -28,9 +29,9 @@ def main(job: dict) -> None:
     data = TrainData(**job["data"]).open()
     schedule = BatchSchedule(**job["schedule"])
     mesh = MeshShape(*job["mesh"]).build()
-    multiple = job["mesh"][0] * job["mesh"][1]
+    num_rows = functools.partial(filled_rows, multiple=job["mesh"][0] * job["mesh"][1])
     first, last = job["steps"]
-    for step, batch in data.batches(first, last, schedule, mesh, multiple):
+    for step, batch in data.batches(first, last, schedule, mesh, num_rows):
         rows = {}
         for tokens, weights in zip(
             batch["tokens"].addressable_shards, batch["weights"].addressable_shards, strict=True

@@ -1,3 +1,4 @@
+import functools
 import types
 
 import jax
@@ -29,9 +30,13 @@ def real_rows(batch):
     return tokens[weights == 1]
 
 
+def multiples_of(multiple):
+    return functools.partial(filled_rows, multiple=multiple)
+
+
 def stream(data, schedule, mesh, first_step, last_step, multiple=8):
     """Tokens of all samples of these steps, in order."""
-    batches = data.batches(first_step, last_step, schedule, mesh, multiple)
+    batches = data.batches(first_step, last_step, schedule, mesh, multiples_of(multiple))
     return np.concatenate([real_rows(batch) for _, batch in batches])
 
 
@@ -162,24 +167,24 @@ def test_filled_rows():
 
 def test_filled_shares_are_said_for_each_stage():
     schedule = BatchSchedule(20, 4, 4, 100)
-    lines = check_filled_shares(schedule, 10**6, 8, 0.5)
+    lines = check_filled_shares(schedule, 10**6, multiples_of(8), 0.5)
     first = {stage.batch_size_samples: stage.first_step for stage in schedule.stages()}
     assert lines == [
         f"from step {first[4]}: batch 4 runs as 8 rows, 50.0% of them with weight 0",
         f"from step {first[12]}: batch 12 runs as 16 rows, 25.0% of them with weight 0",
         f"from step {first[20]}: batch 20 runs as 24 rows, 16.7% of them with weight 0",
     ]
-    assert check_filled_shares(schedule, first[12] - 1, 8, 0.5) == lines[:1]
-    assert check_filled_shares(BatchSchedule(32), 100, 8, 0.0) == []
+    assert check_filled_shares(schedule, first[12] - 1, multiples_of(8), 0.5) == lines[:1]
+    assert check_filled_shares(BatchSchedule(32), 100, multiples_of(8), 0.0) == []
 
 
 def test_too_much_filling_is_refused_with_the_limit_that_would_do():
     schedule = BatchSchedule(20, 4, 4, 100)
     with pytest.raises(BadInput) as error:
-        check_filled_shares(schedule, 10**6, 12, 0.5)
+        check_filled_shares(schedule, 10**6, multiples_of(12), 0.5)
     assert "a batch of 4 samples (from step 1 on) fills only 33% of the 12 rows" in str(error.value)
     limit = float(str(error.value).rsplit("max_filled_share=", 1)[1])
-    assert check_filled_shares(schedule, 10**6, 12, limit)
+    assert check_filled_shares(schedule, 10**6, multiples_of(12), limit)
 
 
 # ---- shares ----

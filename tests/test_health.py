@@ -3,7 +3,8 @@ import signal
 
 import pytest
 
-from bloomjax.health import EXIT_RESTART, StopSignals
+from bloomjax.errors import EXIT_RESTART
+from bloomjax.health import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

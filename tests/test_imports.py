@@ -15,12 +15,25 @@ from bloomjax import config
 # A module imports only from its own layer and those below; verbs stand above all others.
 LAYERS = (
     {"errors", "files"},
-    {"config", "attention", "losses", "schedules", "partitioning", "flops", "startup", 
-     "hlo", "jaxpr_flops"},
+    {
+        "config",
+        "attention",
+        "losses",
+        "schedules",
+        "partitioning",
+        "flops",
+        "startup",
+        "job",
+        "distributed",
+        "hlo",
+        "jaxpr_flops",
+    },
+    {"chips", "targets", "roofline"},
     {"minimise", "scaling_laws", "scaling_runs", "scaling_fits"},
     {"frontier_fits", "language_laws", "loss_curves"},
     {"embedding", "dense", "blocked_attention"},
     {"attention_kernels"},
+    {"local_shards", "kvstores"},
     {"model", "optimizer", "mixture", "mixture_weights", "phases", "token_store", "vocabulary"},
     {"hf"},
     {"task_text", "prepare_pool", "prepare_beam", "prepare_shards"},
@@ -28,11 +41,13 @@ LAYERS = (
     {"train_step", "data", "checkpoints", "health", "metrics"},
     {"run", "preflight", "model_dir", "checkpoint_arrays", "hf_folder"},
     {"hf_verify"},
+    {"plan_measure", "plan_suggest", "plan_report"},
+    {"plan"},
     {"train", "evaluate", "generate", "prepare", "verify_store", "export", "import_hf"},
 )
 MAY_IMPORT_CONFIG = {
     "preflight", "model_dir", "train", "evaluate", "generate", "prepare", "verify_store", "export",
-    "import_hf", 
+    "import_hf", "plan",
 }  # fmt: skip
 HEAVY = {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "torch", "transformers"}
 

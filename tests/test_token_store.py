@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from bloomjax import token_store
+from bloomjax import kvstores, token_store
 from bloomjax.errors import BadInput
 from bloomjax.token_store import SourceFile, TokenStore, build_store, write_language, write_store
 
@@ -257,20 +257,21 @@ def test_storage_without_folders():
     np.testing.assert_array_equal(store.read("xx", "train", 0, len(expected)), expected)
     with pytest.raises(BadInput, match="memory://.* exists already and is not overwritten"):
         write_store(url, documents, VOCABULARY)
-    kvstore = tensorstore.KvStore.open(url, context=token_store._STORAGE).result()
+    kvstore = tensorstore.KvStore.open(url, context=kvstores.STORAGE).result()
     key = "xx/train/tokens/c/0"
     data = bytearray(kvstore.read(key).result().value)
     data[5] ^= 1
     kvstore.write(key, bytes(data)).result()
     with pytest.raises(
-        BadInput, match=f"xx train tokens 0 to {len(expected)} cannot be read: DATA_LOSS"
+        BadInput,
+        match="xx train tokens 0 to 1024 cannot be read: DATA_LOSS",  # the first chunk
     ):
         TokenStore(url).verify()
     kvstore.delete_range(tensorstore.KvStore.KeyRange("manifest.json", "manifest.jsoo")).result()
     with pytest.raises(BadInput, match=r"memory://.* is no token store: it has no manifest\.json"):
         TokenStore(url)
     for url, driver in (("gs://bucket/a/b", "gcs"), ("s3://bucket/a/b", "s3")):
-        spec = tensorstore.KvStore.Spec(token_store._kvstore(url, "xx/train/tokens")).to_json()
+        spec = tensorstore.KvStore.Spec(kvstores.kvstore(url, "xx/train/tokens")).to_json()
         assert spec == {"driver": driver, "bucket": "bucket", "path": "a/b/xx/train/tokens/"}
 
 
@@ -464,6 +465,84 @@ def test_ids_outside_the_vocabulary_are_noticed(tmp_path):
     store = write_store(tmp_path / "store", {"xx": ["az", "b"]}, Wrong())
     with pytest.raises(BadInput, match="xx train tokens 0 to 3 are damaged: id 126"):
         store.read("xx", "train", 0, 3)
+
+
+def test_ids_outside_the_vocabulary_are_not_trained_on(tmp_path, small_files):
+    class Wrong(ByteVocabulary):
+        size = 100
+
+    texts = ["a" * 200, "z" * 3, "a" * 200, "b"]
+    store = write_store(tmp_path / "store", {"xx": texts}, Wrong())
+    with pytest.raises(BadInput, match="xx train tokens 0 to 65 are damaged: id 101"):
+        store.read_windows("xx", "train", np.array([0]), 64)
+    Wrong.size = 102  # 'a' is 101, 'z' 126
+    store = write_store(tmp_path / "other", {"xx": texts}, Wrong())
+    expected = plain_tokens(texts[:-1])
+    np.testing.assert_array_equal(
+        store.read_windows("xx", "train", np.array([2, 5]), 64),
+        [expected[128:193], expected[320:385]],
+    )
+    with pytest.raises(BadInput, match="xx train tokens 192 to 257 are damaged: id 126"):
+        store.read_windows("xx", "train", np.array([2, 3, 5]), 64)
+
+
+@pytest.mark.parametrize("chunk_bytes", [256, 1 << 12, 1 << 16])
+def test_stores_with_other_chunks(tmp_path, monkeypatch, chunk_bytes):
+    """Chunks were 64 KiB once. Tokens come by the way of local files and by TensorStore's alike."""
+    monkeypatch.setattr(token_store, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(token_store, "_SHARD_BYTES", 4 * chunk_bytes)
+    documents = {"xx": make_documents(600 if chunk_bytes == 256 else 4000)}
+    write_store(tmp_path / "store", documents, VOCABULARY)
+    monkeypatch.undo()
+    store = TokenStore(f"file://{tmp_path}/store")
+    other = TokenStore(tmp_path / "store")
+    other._local.clear()
+    num_tokens = store.num_tokens("xx", "train")
+    np.testing.assert_array_equal(
+        store.read("xx", "train", 0, num_tokens), other.read("xx", "train", 0, num_tokens)
+    )
+    windows = np.random.default_rng(0).permutation(store.num_windows("xx", "train", 100))
+    found = store.read_windows("xx", "train", windows, 100)
+    np.testing.assert_array_equal(found, other.read_windows("xx", "train", windows, 100))
+    rows = np.full((len(windows) + 2, 101), -1, np.int32)
+    at = np.random.default_rng(1).permutation(len(windows)) + 1
+    store.read_windows_into(rows, at, "xx", "train", windows)
+    np.testing.assert_array_equal(rows[at], found)
+    assert (rows[[0, -1]] == -1).all()  # of others
+    assert not store._arrays and list(other._arrays) == ["xx/train/tokens"]
+    store.verify()
+    file = tmp_path / "store/xx/train/tokens/c/1"
+    data = bytearray(file.read_bytes())
+    data[9] ^= 2
+    file.write_bytes(data)
+    first = chunk_bytes  # of the second file
+    with pytest.raises(BadInput, match=f"tokens {first} to {first + chunk_bytes // 4} cannot"):
+        store.verify()
+
+
+def test_damage_since_the_first_reading_is_noticed(tmp_path, small_files):
+    """By the same store: nothing is remembered of checksums."""
+    write_store(tmp_path / "store", {"xx": make_documents(100)}, VOCABULARY)
+    store = TokenStore(tmp_path / "store", cache_bytes=0)
+    windows = np.arange(store.num_windows("xx", "train", 64))
+    before = store.read_windows("xx", "train", windows, 64)
+    file = tmp_path / "store/xx/train/tokens/c/1"  # tokens 256 to 512
+    with file.open("r+b") as opened:
+        opened.seek(2 * (64 * 4 + 4) + 8)
+        byte = opened.read(1)[0]
+        opened.seek(-1, 1)
+        opened.write(bytes([byte ^ 1]))
+    for _ in range(2):
+        with pytest.raises(BadInput, match="xx train tokens 320 to 385 cannot be read: DATA_LOSS"):
+            store.read_windows("xx", "train", windows, 64)
+        with pytest.raises(BadInput, match="xx train tokens 384 to 449 cannot be read: DATA_LOSS"):
+            store.read_windows("xx", "train", windows[6:], 64)
+    whole = np.delete(windows, [5, 6])
+    np.testing.assert_array_equal(store.read_windows("xx", "train", whole, 64), before[whole])
+    with file.open("r+b") as opened:
+        opened.truncate(300)  # while it is open: no signal, an error
+    with pytest.raises(BadInput, match="xx train tokens 256 to 321 cannot be read"):
+        store.read_windows("xx", "train", windows[4:5], 64)
 
 
 def test_threads_may_share_a_store(tmp_path, small_files):

@@ -21,8 +21,7 @@ from bloomjax.errors import BadInput
 from bloomjax.optimizer import adamw
 from bloomjax.partitioning import MeshShape
 from bloomjax.schedules import BatchSchedule, CosineSchedule
-from bloomjax.train import jit_programs
-from bloomjax.train_step import StepOptions, abstract_state
+from bloomjax.train_step import StepOptions, abstract_state, jit_programs
 from bloomjax.vocabulary import train_sentencepiece
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
@@ -526,7 +525,7 @@ def test_a_flipped_bit_in_the_store_is_named(tiny_text, tmp_path, split):
 
 def test_a_missing_store_is_prepared_once(tiny_text, tmp_path, monkeypatch):
     """By the subprocess that `prepare` names; its exit code is ours."""
-    from bloomjax import train as train_module
+    from bloomjax import preflight
 
     store_dir = tmp_path / "tokens"
     calls = []
@@ -538,7 +537,7 @@ def test_a_missing_store_is_prepared_once(tiny_text, tmp_path, monkeypatch):
         token_store.write_store(store_dir, tiny_text.documents, tiny_text.vocabulary)
         return 0
 
-    monkeypatch.setattr(train_module, "prepare_in_subprocess", fake)
+    monkeypatch.setattr(preflight, "prepare_in_subprocess", fake)
     data = data_with(tiny_text, store_dir=str(store_dir))
     changes = dict(train_data=data, prepare=lambda: None, train_steps=2)
     assert tiny_run.run(tiny_text, tmp_path / "run", **changes) == 1

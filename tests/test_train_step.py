@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -183,9 +184,22 @@ def test_microbatches_need_less_memory():
     assert temp[1] < temp[None], temp
 
 
-def test_row_multiple():
-    assert StepOptions().row_multiple(build((2, 2, 2))) == 4
-    assert StepOptions(microbatch_size_samples=3).row_multiple(build((1, 4, 2))) == 12
+def test_rows_are_dealt_evenly():
+    """2,048 samples on 48 shards are 43 rows a shard, or 44 in microbatches of at most 11."""
+    mesh = types.SimpleNamespace(shape={"data": 3, "fsdp": 16, "tensor": 8})
+    rows = lambda size, n: StepOptions(microbatch_size_samples=size).num_rows(n, mesh)  # noqa: E731
+    assert rows(None, 2048) == rows(1, 2048) == 2064 and rows(11, 2048) == 2112
+    assert rows(11, 192) == 192 and rows(11, 16) == 48  # one smaller microbatch
+    for size in (None, *range(1, 30)):
+        options = StepOptions(microbatch_size_samples=size)
+        for num_samples in range(1, 3000, 37):
+            filled = options.num_rows(num_samples, mesh)
+            assert filled >= num_samples and filled % 48 == 0
+            assert options.num_rows(filled, mesh) == filled  # the step finds the same microbatches
+            num_microbatches = options.num_microbatches(filled // 48)
+            assert filled // 48 % num_microbatches == 0
+            assert filled // 48 // num_microbatches <= (size or filled)
+            assert num_microbatches == options.num_microbatches(-(-num_samples // 48))
 
 
 def test_five_steps_in_bf16_on_eight_devices():

@@ -38,20 +38,20 @@ def test_whole(store_dir, capsys):
 
 
 def test_flipped_bits_are_named_by_language_and_token(store_dir, capsys):
-    flip(store_dir / "xx/train/tokens/c/0", 16384 * 4 + 4 + 100)  # the second chunk of tokens
+    flip(store_dir / "xx/train/tokens/c/0", 16 * (1024 * 4 + 4) + 100)  # the 17th chunk
     flip(store_dir / "zz/validation/document_ends/c/0", 9)
     code, out, err = run(capsys, f"--store={store_dir}")
     assert code == 1
     first, second = out.splitlines()
     assert first.startswith(
-        f"{store_dir}: xx train tokens 16384 to 32768 cannot be read: DATA_LOSS"
+        f"{store_dir}: xx train tokens 16384 to 17408 cannot be read: DATA_LOSS"
     )
     assert second.startswith(f"{store_dir}: zz validation tokens 0 to ")
     assert err == f"bloomjax: {store_dir} is damaged in 2 of 6 splits\n"
     # Never trained on: the windows of that chunk are refused, its neighbours are as before.
     store = TokenStore(store_dir)
-    store.read_windows("xx", "train", np.array([0, 14, 33]), 1000)
-    for window in (16, 20, 32):
+    store.read_windows("xx", "train", np.array([0, 15, 18, 33]), 1000)
+    for window in (16, 17):
         with pytest.raises(
             BadInput, match=rf"xx train tokens {window}000 to {window + 1}001 cannot"
         ):

@@ -1,0 +1,255 @@
+"""This process as one of several: what they agree on, and how they stop and end together.
+
+Agreement goes through the key-value store of JAX's coordinator and costs no collective: it works before there are
+devices, on threads, and when the devices hang. In a process that is alone every function here is trivial.
+"""
+
+import atexit
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from bloomjax.errors import EXIT_RESTART, Unreachable
+
+_LISTEN_SECONDS = 0.5
+_GRACE_SECONDS = 3.0  # for another process's main thread to find out by itself and close its files
+
+# JAX and its C++ libraries have no exception of their own for a lost peer.
+_LOST = (
+    "Connection reset by peer", "Connection closed by peer", "Connection refused", "Broken pipe",
+    "Socket closed", "Read timeout", "Write timeout", "heartbeat", "CoordinationService",
+    "coordination service", "coordination_service", "remote process exited", "ncclRemoteError",
+)  # fmt: skip
+
+
+class _Job:
+    """This process as one of several."""
+
+    def __init__(self, process_id: int, num_processes: int):
+        from jax._src import distributed
+
+        self.process_id = process_id
+        self.num_processes = num_processes
+        self._client: Any = distributed.global_state.client
+        self._num_agreed = 0
+        self._lock = threading.Lock()  # of what stands in the next lines
+        self._begun_step = -1  # the newest step that this process has promised to take
+        self._stop: tuple[int, str] | None = None  # after which step, and why
+        self._closing = threading.Event()
+        self._listener = threading.Thread(target=self._listen, name="job", daemon=True)
+        self._listener.start()
+        # JAX's own exit handler is registered already, so this one runs first: a thread that is inside of C++ when
+        # Python ends aborts the process.
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        self._closing.set()
+        self._listener.join()
+
+    # The key-value store.
+
+    def put(self, key: str, value: Any) -> None:
+        self._client.key_value_set(f"bloomjax/{key}", json.dumps(value))
+
+    def get(self, key: str) -> Any:
+        """Waits for it as long as it takes; a lost peer ends the wait by ending the process."""
+        import jax
+
+        while True:
+            try:
+                return json.loads(self._client.blocking_key_value_get(f"bloomjax/{key}", 10_000))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    def folder(self, key: str) -> dict[str, Any]:
+        found = self._client.key_value_dir_get(f"bloomjax/{key}/")
+        return {name.rsplit("/", 1)[1]: json.loads(value) for name, value in found}
+
+    def next_key(self) -> str:
+        """The same for the n-th agreement on every process."""
+        self._num_agreed += 1
+        return f"agreed/{self._num_agreed}"
+
+    # Stopping.
+
+    def request_stop(self, reason: str) -> None:
+        try:
+            self.put("news/stop", reason)
+        except Exception as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+
+    def stopped_by(self, step: int) -> str | None:
+        with self._lock:
+            if self._stop is None:
+                self._begun_step = step + 1
+                return None
+            last_step, reason = self._stop
+            return reason if step >= last_step else None
+
+    def _listen(self) -> None:
+        while not self._closing.wait(_LISTEN_SECONDS):
+            try:
+                news = self.folder("news")
+                if "stop" in news and self._stop is None:
+                    self._agree_on_stop(news["stop"])
+            except (
+                Exception
+            ):  # the coordinator is gone or too busy; JAX ends the process if it stays so
+                continue
+            if "end" in news and news["end"]["process"] != self.process_id:
+                self._end_with(news["end"])
+
+    def _agree_on_stop(self, reason: str) -> None:
+        """While this holds the lock no step begins here; the last of those begun anywhere is the last for all."""
+        with self._lock:
+            self.put(f"begun/{self.process_id}", self._begun_step)
+            while len(begun := self.folder("begun")) < self.num_processes:
+                if "end" in self.folder("news") or self._closing.wait(0.05):
+                    return
+            self._stop = max(begun.values()), reason
+
+    # Ending.
+
+    def _end_with(self, end: dict[str, Any]) -> None:
+        """Another process ended: this one cannot go on, and may hang in a collective that never comes back."""
+        if self._closing.wait(_GRACE_SECONDS):
+            return
+        if self.process_id == 0:
+            line = f"bloomjax: ends with process {end['process']}, exit code {end['code']}"
+            print(line, file=sys.stderr)
+        self._leave(end["code"])
+
+    def end_all(self, code: int, line: str) -> NoReturn:
+        """Ends this process and all others, with the exit code of the first that came to an end."""
+        host = os.uname().nodename
+        try:
+            self.put("news/end", {"process": self.process_id, "code": code, "line": line})
+            print(f"bloomjax: process {self.process_id} on {host}: {line}", file=sys.stderr)
+        except Exception as error:
+            if "ALREADY_EXISTS" in str(error):  # mostly, all have found the same at the same time
+                code = self.get("news/end")["code"]
+            else:  # the coordinator is gone
+                print(f"bloomjax: process {self.process_id} on {host}: {line}", file=sys.stderr)
+        self._leave(code)
+
+    def _leave(self, code: int) -> NoReturn:
+        """Not by sys.exit: JAX's exit handler waits for all others, which may wait for this process."""
+        try:
+            self.put(f"left/{self.process_id}", code)
+            # With process 0 goes the coordinator, which aborts whoever is still there.
+            deadline = time.monotonic() + _GRACE_SECONDS + 2 * _LISTEN_SECONDS
+            while self.process_id == 0 and time.monotonic() < deadline:
+                if len(self.folder("left")) == self.num_processes:
+                    time.sleep(0.1)  # they have said so, and go
+                    break
+                time.sleep(0.05)
+        except Exception:
+            pass
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+_job: _Job | None = None
+
+
+def join(process_id: int, num_processes: int) -> None:
+    """After jax.distributed.initialize()."""
+    global _job
+    _job = _Job(process_id, num_processes)
+
+
+def is_shared() -> bool:
+    """Whether this process is one of several."""
+    return _job is not None
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return _job is None or _job.process_id == 0
+
+
+def agree(value: Any) -> Any:
+    """The value (JSON) that process 0 has; the others wait for it. Every process calls it, in the same order."""
+    if _job is None:
+        return value
+    key = _job.next_key()
+    if _job.process_id == 0:
+        _job.put(key, value)
+    return _job.get(key)
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What `function` (of process 0 alone) returns, on every process."""
+    return agree(function() if is_main() else None)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values (JSON) of all processes, by their number, on every process."""
+    job = _job
+    if job is None:
+        return [value]
+    key = job.next_key()
+    job.put(f"{key}/{job.process_id}", value)
+    return on_main(lambda: [job.get(f"{key}/{n}") for n in range(job.num_processes)])
+
+
+def request_stop(reason: str) -> None:
+    """Asks all processes to stop; `stopped_by` says after which step."""
+    assert _job is not None
+    _job.request_stop(reason)
+
+
+def stopped_by(step: int) -> str | None:
+    """Why all processes stop after this step; None to go on. Costs a lock, no message.
+
+    To be asked after every step: None is a promise to take the next one. When a stop is requested, the promises are
+    exchanged in the background, and the last step that any process has promised is the last for all.
+    """
+    return _job.stopped_by(step) if _job else None
+
+
+def num_processes() -> int:
+    """Of this job."""
+    return _job.num_processes if _job else 1
+
+
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether this error, or one behind it, says that another process no longer answers."""
+    import jax
+
+    while error is not None and _job is not None:
+        if isinstance(error, Unreachable):
+            return True
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error) for w in _LOST):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def fail(code: int, line: str) -> int:
+    """Says why this process ends and returns its exit code; one of several ends here, and takes the others along."""
+    if _job is None:
+        print(f"bloomjax: {line}", file=sys.stderr)
+        return code
+    _job.end_all(code, line)
+
+
+def fail_with(error: Exception) -> int:
+    """`fail` for an exception that nobody has foreseen."""
+    if is_lost_peer(error):
+        return fail(EXIT_RESTART, f"a peer is lost: {one_line(error)}")
+    traceback.print_exception(error)
+    return fail(1, f"{type(error).__name__}: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:300]
