@@ -6,7 +6,7 @@ MODEL_DIR ?= runs/tiny
 # Versions that were tested together, one file a Python version.
 CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
 
-.PHONY: venv train test test-slow lint bench wheel clean
+.PHONY: venv train test test-slow test-plan lint bench wheel clean
 
 venv: $(VENV)/ready
 
@@ -26,6 +26,10 @@ test: venv  ## the default suite
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+test-plan: venv  ## compiling for absent TPUs and GPUs; downloads their compilers, 1 GB
+	$(BIN)/pip install --quiet --editable '.[plan]' --constraint $(CONSTRAINTS)
+	$(BIN)/python -m pytest tests/test_plan.py tests/test_hlo.py tests/test_targets.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -71,6 +71,12 @@ class ParamsReader:
                     raise ValueError("content differs from its fingerprint")
         return block
 
+    def check(self, path: tuple[str, ...]) -> None:
+        """BadInput if a parameter, of which the first rows were read, is damaged: reads the others."""
+        for start, stop in self.blocks(path):
+            if start >= self._num_read[path]:
+                self.read(path, start, stop)
+
     @contextlib.contextmanager
     def _damage(self, path: tuple[str, ...]) -> Iterator[None]:
         try:

@@ -157,10 +157,14 @@ def stream(trained: Trained, dtype: str) -> Iterator[np.ndarray]:
     for tensor in hf.tensors(trained.model.config):
         if tensor.layer is not None:
             block = reader.read(tensor.path, tensor.layer, tensor.layer + 1)[0]
+            if not np.isfinite(block).all():
+                reader.check(tensor.path)  # damage makes NaN and infinity, too
             yield tensor.to_hf(_cast(block, dtype, tensor.name))
             continue
         for start, stop in reader.blocks(tensor.path):
             block = reader.read(tensor.path, start, stop)[: max(0, tensor.shape[0] - start)]
+            if not np.isfinite(block).all():
+                reader.check(tensor.path)
             yield _cast(block, dtype, tensor.name)
 
 

@@ -86,6 +86,7 @@ def wait_for(condition, process):
 # ---- whole runs ----
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_and_killed_finishes_by_itself(tiny_text, alone, tmp_path):
     """Two processes under srun's variables: SIGTERM to one, kill -9 of one, then the end, with nobody looking."""
     model_dir = tmp_path / "run"

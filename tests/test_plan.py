@@ -282,7 +282,7 @@ def gathered_and_scattered_gib(found):
     return sum(
         row["wire_gib"]
         for row in found["collectives"]
-        if row["axes"] == ["fsdp"] and row["kind"] in ("all-gather", "reduce-scatter", "all-reduce")
+        if row["axes"] == "fsdp" and row["kind"] in ("all-gather", "reduce-scatter", "all-reduce")
     )
 
 
