@@ -40,7 +40,7 @@ def tokens_of_step_1(text):
     arguments = tiny_run.arguments(text, text.folder / "unused")
     data = arguments["train_data"].open()
     mesh = arguments["mesh"].build()
-    batch = data.batch(1, arguments["batch_schedule"], mesh, 1)
+    batch = data.batch(1, arguments["batch_schedule"], mesh, lambda num_samples: num_samples)
     return np.asarray(batch["tokens"])
 
 

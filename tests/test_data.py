@@ -77,7 +77,7 @@ def test_batches_are_the_same_on_every_mesh(tiny_text, mesh_of, shape):
     mesh = mesh_of(*shape)
     expected = data.rows(np.arange(5 * 12))
     np.testing.assert_array_equal(stream(data, schedule, mesh, 1, 5), expected)
-    batch = data.batch(2, schedule, mesh, 8)
+    batch = data.batch(2, schedule, mesh, multiples_of(8))
     assert batch["tokens"].shape == (16, LENGTH + 1) and batch["weights"].shape == (16,)
     shard_rows = 16 // (shape[0] * shape[1])
     for shard in batch["tokens"].addressable_shards:
@@ -111,9 +111,11 @@ def test_a_ramp_resumed_anywhere_gives_the_same_samples(tiny_text, mesh_of):
 def test_batches_read_ahead_in_order_and_pass_errors_on(tiny_text, mesh_of, monkeypatch):
     data = train_data(tiny_text, num_prefetched=3).open()
     mesh, schedule = mesh_of(1, 1, 1), BatchSchedule(4)
-    assert [step for step, _ in data.batches(7, 12, schedule, mesh, 1)] == list(range(7, 13))
-    assert list(data.batches(5, 4, schedule, mesh, 1)) == []
-    batches = data.batches(1, 10**9, schedule, mesh, 1)
+    assert [step for step, _ in data.batches(7, 12, schedule, mesh, multiples_of(1))] == list(
+        range(7, 13)
+    )
+    assert list(data.batches(5, 4, schedule, mesh, multiples_of(1))) == []
+    batches = data.batches(1, 10**9, schedule, mesh, multiples_of(1))
     next(batches)
     batches.close()  # does not wait for the rest
     whole = data.batch
@@ -124,7 +126,7 @@ def test_batches_read_ahead_in_order_and_pass_errors_on(tiny_text, mesh_of, monk
         return whole(step, *args)
 
     monkeypatch.setattr(data, "batch", broken)
-    batches = data.batches(1, 10, schedule, mesh, 1)
+    batches = data.batches(1, 10, schedule, mesh, multiples_of(1))
     assert [next(batches)[0], next(batches)[0]] == [1, 2]
     with pytest.raises(BadInput, match="a chunk is damaged"):
         next(batches)
@@ -150,7 +152,7 @@ def test_each_host_reads_only_its_rows(tiny_text, mesh_of, monkeypatch):
     rows = data.rows
     monkeypatch.setattr(data, "rows", lambda samples: asked.append(samples) or rows(samples))
     monkeypatch.setattr(data_module, "host_rows", lambda num_rows, mesh: np.array([1, 2, 13]))
-    batch = data.batch(3, BatchSchedule(12), mesh_of(1, 1, 1), 16)
+    batch = data.batch(3, BatchSchedule(12), mesh_of(1, 1, 1), multiples_of(16))
     np.testing.assert_array_equal(asked[0], [25, 26])  # row 13 only fills
     np.testing.assert_array_equal(np.flatnonzero(np.asarray(batch["weights"])), [1, 2])
     np.testing.assert_array_equal(real_rows(batch), rows(np.array([25, 26])))

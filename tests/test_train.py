@@ -20,6 +20,7 @@ from bloomjax.data import OpenTrainData, TrainData
 from bloomjax.errors import BadInput
 from bloomjax.optimizer import adamw
 from bloomjax.partitioning import MeshShape
+from bloomjax.preflight import check_compiler_options
 from bloomjax.schedules import BatchSchedule, CosineSchedule
 from bloomjax.train_step import StepOptions, abstract_state, jit_programs
 from bloomjax.vocabulary import train_sentencepiece
@@ -630,3 +631,13 @@ def test_all_of_tiny_gin_without_tensorflow(tmp_path):
     assert records[-1]["validation_loss"] <= 0.7 * records[0]["validation_loss"]
     assert len(records[-1]["loss_by_language"]) == 59
     assert "checkpoint: runs/tiny/checkpoints/300" in done.stdout
+
+
+def test_a_compiler_option_that_does_not_exist():
+    check_compiler_options(None)
+    check_compiler_options({"xla_cpu_enable_fast_math": False})
+    with pytest.raises(
+        BadInput, match="StepOptions.compiler_options on cpu: .*xla_nonsense"
+    ) as caught:
+        check_compiler_options({"xla_nonsense": 1})
+    assert "\n" not in str(caught.value)
