@@ -173,6 +173,30 @@ def test_a_program_for_absent_accelerators(command, target):
 @pytest.mark.parametrize(
     "target", [compiler_for("tpu:v5e:2x2"), compiler_for("cuda:h100_sxm:1x1x4")]
 )
+def test_what_travels(figures, target):
+    """By hand; a constraint that is lost, or a cast behind a gather, would show."""
+    code, (found,) = figures(*TWO_LAYERS, f"--target={target}", "--mode=compile")
+    assert code == 0 and found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+    rows = {(r["kind"], r["axes"], r["dtype"]): r for r in found["collectives"]}
+    assert {kind for kind, _, _ in rows} == {"all-gather", "reduce-scatter", "all-reduce"}
+    # Over `tensor`: 16 rows x 64 tokens x 128 in bf16, half of it sent; in 2 layers 2 times forward and 2 backward, at
+    # the embedding and at the head.
+    for kind in ("all-gather", "reduce-scatter"):
+        row = rows.pop((kind, "tensor", "bf16"))
+        assert row["executed"] == 10
+        assert row["wire_gib"] * GIB == pytest.approx(10 * 16 * 64 * 128 * 2 / 2)
+    # Over `fsdp`: weights gathered twice in bf16 (once forward, once backward), gradients scattered in float32.
+    layers, embedding = 2 * 12 * 128**2, 4096 * 128
+    most = (layers * (2 + 2 + 4) + embedding * (2 + 2 + 4)) / 2 / 2
+    fsdp = sum(rows.pop(key)["wire_gib"] for key in list(rows) if key[1] == "fsdp") * GIB
+    assert 0.75 * most < fsdp < 1.05 * most
+    # What is left are sums of losses, norms and biases.
+    assert sum(row["wire_gib"] for row in rows.values()) * GIB < 0.02 * most
+
+
+@pytest.mark.parametrize(
+    "target", [compiler_for("tpu:v5e:2x2"), compiler_for("cuda:h100_sxm:1x1x4")]
+)
 def test_a_compiler_option_that_does_not_exist(command, target):
     option = "--gin.StepOptions.compiler_options={'xla_nonsense': 1}"
     code, out, err = command(plan, *TWO_LAYERS, f"--target={target}", "--mode=compile", option)
