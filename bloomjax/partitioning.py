@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from bloomjax.errors import BadInput
 
@@ -162,15 +162,6 @@ def gather_length(x_BLD: jax.Array) -> jax.Array:
 def scatter_length(x_BLD: jax.Array) -> jax.Array:
     """From whole windows (or parts of their sum on each device) to the residual stream; the gradient is gathered."""
     return _reshard(x_BLD, _SPLIT, _WHOLE)
-
-
-def shardings(mesh: Mesh, specs):
-    """A pytree of PartitionSpecs as NamedShardings on `mesh`."""
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        specs,
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
 
 
 def check_divisible(mesh: Mesh, *, sequence_length: int, **dims: int) -> None:

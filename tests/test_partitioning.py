@@ -162,13 +162,6 @@ def test_slices_of_a_pod_need_the_data_axis():
         MeshShape(1, 4, 2).build(devices)
 
 
-def test_shardings_of_a_tree(mesh_of):
-    mesh = mesh_of(1, 4, 2)
-    split, whole = PartitionSpec("fsdp"), PartitionSpec()
-    tree = partitioning.shardings(mesh, {"a": split, "b": [whole]})
-    assert tree == {"a": NamedSharding(mesh, split), "b": [NamedSharding(mesh, whole)]}
-
-
 SIZES = {"vocab_size": 64, "emb_dim": 32, "num_heads": 8, "mlp_dim": 64, "sequence_length": 16}
 
 
