@@ -96,7 +96,7 @@ def find_place(environment: Mapping[str, str], timeout_seconds: int) -> Place | 
     """What the environment variables say; None for a process that is alone. BadInput where they are incomplete."""
     coordinator = environment.get(COORDINATOR)
     if coordinator is not None:
-        if not re.fullmatch(r".+:\d+", coordinator):
+        if not re.fullmatch(r".+:\d{1,5}", coordinator) or int(coordinator.rsplit(":")[-1]) > 65535:
             raise BadInput(f"{COORDINATOR}={coordinator} must be host:port")
         num_processes = _number(environment, NUM_PROCESSES)
         place = Place(coordinator, num_processes, _number(environment, PROCESS_ID))
@@ -157,6 +157,8 @@ def _detected(environment: Mapping[str, str], timeout_seconds: int) -> Place | N
 
 def _is_shared(environment: Mapping[str, str]) -> bool:
     """Whether this host has several processes, of which each sees all GPUs and takes one."""
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return False
     tasks = re.findall(r"(?:^|,)(\d+)", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     tasks.append(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
     visible = environment.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")

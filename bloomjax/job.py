@@ -28,6 +28,10 @@ _LOST = (
 )  # fmt: skip
 
 
+# Of JAX's errors those that blame a device or its links: the next start may be on others.
+_FAULTS = ("NCCL", "nccl", "CUDA_ERROR", "unhandled cuda error", "illegal memory access", "Xid")
+
+
 class _Job:
     """This process as one of several."""
 
@@ -110,11 +114,21 @@ class _Job:
     def _agree_on_stop(self, reason: str) -> None:
         """While this holds the lock no step begins here; the last of those begun anywhere is the last for all."""
         with self._lock:
-            self.put(f"begun/{self.process_id}", self._begun_step)
-            while len(begun := self.folder("begun")) < self.num_processes:
-                if "end" in self.folder("news") or self._closing.wait(0.05):
+            try:
+                self.put(f"begun/{self.process_id}", self._begun_step)
+            except Exception as error:
+                if "ALREADY_EXISTS" not in str(error):
+                    raise
+            while not self._closing.wait(0.05):
+                try:
+                    begun, news = self.folder("begun"), self.folder("news")
+                except Exception:  # too busy; a step that began now would break the promise
+                    continue
+                if len(begun) == self.num_processes:
+                    self._stop = max(begun.values()), reason
                     return
-            self._stop = max(begun.values()), reason
+                if "end" in news:
+                    return
 
     # Ending.
 
@@ -235,6 +249,15 @@ def is_lost_peer(error: BaseException | None) -> bool:
     return False
 
 
+def _is_fault(error: BaseException) -> bool:
+    import jax
+
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or "OUT_OF_MEMORY" in text:
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in _FAULTS)
+
+
 def fail(code: int, line: str) -> int:
     """Says why this process ends and returns its exit code; one of several ends here, and takes the others along."""
     if _job is None:
@@ -248,6 +271,8 @@ def fail_with(error: Exception) -> int:
     if is_lost_peer(error):
         return fail(EXIT_RESTART, f"a peer is lost: {one_line(error)}")
     traceback.print_exception(error)
+    if _is_fault(error):
+        return fail(EXIT_RESTART, f"a device or its network failed: {one_line(error)}")
     return fail(1, f"{type(error).__name__}: {one_line(error)}")
 
 

@@ -69,7 +69,9 @@ class MeshShape:
 
 def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
     """`devices` in this shape, neighbours of an axis on the fastest links there are; slices along `data`."""
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    num_slices = 1  # of a TPU pod; on GPUs JAX numbers hosts so
+    if devices[0].platform == "tpu":
+        num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % num_slices:

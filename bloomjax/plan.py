@@ -198,12 +198,13 @@ def _setup() -> Any:
     )
     share = _optional("TrainData.max_filled_share")
     phases = _optional("TrainData.phases") or ()
-    lengths = [phase.sequence_length for phase in phases if phase.sequence_length]
+    changes = [(p.first_sample, p.sequence_length) for p in phases if p.sequence_length]
+    stretches = ((0, config.build("TrainData.sequence_length")), *changes)
     return Setup(
         model=config.build("train.model"), optimizer=config.build("train.optimizer"),
         mesh=config.build("train.mesh"), step=config.build("train.step"), batch_schedule=schedule,
-        num_steps=num_steps, sequence_length=max(config.build("TrainData.sequence_length"), *lengths, 1),
-        max_filled_share=0.5 if share is None else share,
+        num_steps=num_steps, sequence_length=max(length for _, length in stretches),
+        max_filled_share=0.5 if share is None else share, stretches=stretches,
     )  # fmt: skip
 
 

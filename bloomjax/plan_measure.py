@@ -40,8 +40,22 @@ class Setup:
     step: train_step.StepOptions
     batch_schedule: BatchSchedule
     num_steps: int
-    sequence_length: int
+    sequence_length: int  # the longest
     max_filled_share: float = 0.5
+    stretches: tuple[
+        tuple[int, int], ...
+    ] = ()  # first sample and sequence length; () for one length
+
+    @property
+    def planned_tokens(self) -> int:
+        """Of the whole run."""
+        num_samples = self.batch_schedule.samples_after(self.num_steps)
+        stretches = self.stretches or ((0, self.sequence_length),)
+        ends = [first for first, _ in stretches[1:]] + [num_samples]
+        return sum(
+            max(0, min(end, num_samples) - first) * length
+            for (first, length), end in zip(stretches, ends, strict=True)
+        )
 
     @property
     def batch_size(self) -> int:
@@ -231,7 +245,7 @@ class _Plan:
 
     def _time(self, found: dict[str, Any]) -> dict[str, Any]:
         setup, target = self.setup, self.target
-        tokens = setup.batch_schedule.samples_after(setup.num_steps) * setup.sequence_length
+        tokens = setup.planned_tokens
         state = jax.tree.leaves(self.state)
         result: dict[str, Any] = {
             "planned_tokens": tokens,

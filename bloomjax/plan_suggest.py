@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -112,7 +113,13 @@ def search(
                 tried.append(candidate)
         elif time.monotonic() - started + longest <= max_seconds:
             begun = time.monotonic()
-            found = compile_layout(layout)
+            try:
+                found = compile_layout(layout)
+            except (
+                BadInput
+            ) as error:  # its process was killed, or the compiler has a fault: one of many
+                print(f"{layout}: {error}", file=sys.stderr)
+                continue
             longest = max(longest, time.monotonic() - begun)
             candidate.fits, candidate.peak_gib = found["fits"], found["peak_gib"]
             if found["estimate"]:

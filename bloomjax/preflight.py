@@ -39,7 +39,7 @@ def check_compiler_options(options: Mapping[str, bool | int | str] | None) -> No
     """BadInput names an option that this platform's compiler does not know, before minutes go into the model."""
     try:
         jax.jit(lambda x: x, compiler_options=dict(options or {})).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(
             f"StepOptions.compiler_options on {jax.default_backend()}: {reason}"

@@ -17,6 +17,13 @@ def use_compilation_cache(directory: str | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def claim_gpu_memory() -> None:
+    """Lets JAX take 92 % of a GPU's memory, which `plan` reckons with, unless the environment says otherwise (its own
+    default is 75 %). Works only before JAX has looked for devices.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+
 def keep_freed_memory() -> None:
     """Makes glibc reuse the buffers of a step on the CPU, which it would unmap and fault in again at every step.
 

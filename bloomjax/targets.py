@@ -13,7 +13,7 @@ from typing import Any
 from bloomjax.chips import GPUS, TPUS, Chip
 from bloomjax.errors import BadInput
 
-# Share of a GPU's memory that jax may take (XLA_PYTHON_CLIENT_MEM_FRACTION, which the launchers set: jax's own default
+# Share of a GPU's memory that jax may take (XLA_PYTHON_CLIENT_MEM_FRACTION, which `train` sets: jax's own default
 # is 0.75), and what libraries take of it behind the compiler's back: cuBLAS, cuDNN, NCCL's registered buffers.
 GPU_MEMORY_FRACTION = 0.92
 GPU_LIBRARIES_BYTES = 2 * 2**30
@@ -137,7 +137,7 @@ def parse(text: str) -> Target:
     """The target of this name. BadInput, with what there is, for one that does not exist."""
     cloud = re.fullmatch(r"(?:(\d+)x)?(v\w+)-(\d+)", text)
     gpus = re.fullmatch(r"(\d+)x([a-z]\w+)", text)
-    if cloud:
+    if cloud and int(cloud[1] or 1) > 0:
         return _cloud_slice(text, int(cloud[1] or 1), cloud[2], int(cloud[3]))
     if gpus:
         num, chip = int(gpus[1]), _chip(text, GPUS, gpus[2])

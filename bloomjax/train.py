@@ -24,7 +24,7 @@ from bloomjax.preflight import (
 )
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
-from bloomjax.startup import keep_freed_memory, use_compilation_cache
+from bloomjax.startup import claim_gpu_memory, keep_freed_memory, use_compilation_cache
 from bloomjax.train_step import (
     Batch,
     StepOptions,
@@ -84,6 +84,7 @@ def train(
       BadInput: anything given does not fit together; nothing was overwritten.
     """
     # ---- processes, mesh ----
+    claim_gpu_memory()
     if reuse_host_memory:
         keep_freed_memory()
     if cluster is not None:

@@ -352,3 +352,17 @@ def test_no_gin_file_touches_a_device_before_the_processes_are_joined(tmp_path):
 def test_time_outs_are_positive():
     with pytest.raises(BadInput, match="at least 1 second"):
         distributed.Cluster(heartbeat_timeout_seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("INTERNAL: NCCL operation ncclAllReduce() failed: unhandled cuda error", 75),
+        ("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered", 75),
+        ("RESOURCE_EXHAUSTED: CUDA_ERROR_OUT_OF_MEMORY: out of memory", 1),
+        ("INVALID_ARGUMENT: shapes do not fit", 1),
+    ],
+)
+def test_a_fault_of_a_device_is_worth_another_start(text, expected, capsys):
+    assert job.fail_with(jax.errors.JaxRuntimeError(text)) == expected
+    assert text in capsys.readouterr().err

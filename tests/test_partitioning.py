@@ -162,6 +162,16 @@ def test_slices_of_a_pod_need_the_data_axis():
         MeshShape(1, 4, 2).build(devices)
 
 
+def test_hosts_of_gpus_are_no_slices():
+    """JAX gives each host of GPUs a slice_index of its own."""
+    devices = [
+        types.SimpleNamespace(slice_index=i // 4, platform="gpu", device_kind="H100", id=i)
+        for i in range(8)
+    ]
+    found = partitioning._arrange(devices, (1, 4, 2))
+    assert [device.id for device in found.flat] == list(range(8)) and found.shape == (1, 4, 2)
+
+
 SIZES = {"vocab_size": 64, "emb_dim": 32, "num_heads": 8, "mlp_dim": 64, "sequence_length": 16}
 
 

@@ -1,11 +1,13 @@
 """`python -m bloomjax.plan`: what it says of shapes, of compiled programs, and of wrong input."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from bloomjax import plan, plan_report, targets
+from bloomjax import plan, plan_measure, plan_report, targets
+from bloomjax.schedules import BatchSchedule
 
 TWO_LAYERS = (
     "--gin_file=tiny.gin", "--gin.NUM_LAYERS=2", "--gin.BloomConfig.scan_layers=True",
@@ -123,6 +125,7 @@ def test_without_a_compiler_it_says_so(command, monkeypatch):
     ("flags", "words"),
     [
         ((), "give --target=..., such as tpu:v5p:8x8x8"),
+        (("--target=0xv5p-1024",), "0xv5p-1024"),
         (("--target=tpu:v9:2x2",), "no chip 'v9'; there are v4, v5e, v5p, v6e"),
         (("--target=cpu:8", "--gin.MeshShape.data=3"), "does not fit the 8 devices"),
         (("--target=cpu:8", "--gin.MeshShape.data=-1"), "does not fit the 8 devices"),
@@ -315,3 +318,11 @@ def least_for_weights_gib(*, fsdp, tensor):
     gathered once and its gradient scattered."""
     layers, embedding = 70 * 12 * 14336**2, 250_880 * 14336
     return (layers * (2 + 2 + 4) + embedding * (2 + 4)) / tensor * (1 - 1 / fsdp) / 2**30
+
+
+def test_planned_tokens_of_a_run_that_changes_its_length():
+    setup = plan_measure.Setup(
+        *(None,) * 4, BatchSchedule(10), 100, 8, stretches=((0, 2), (950, 8), (2000, 8))
+    )  # fmt: skip
+    assert setup.planned_tokens == 950 * 2 + 50 * 8
+    assert dataclasses.replace(setup, stretches=()).planned_tokens == 1000 * 8

@@ -45,6 +45,7 @@ for name in tpu zone model_dir dir; do
 done
 [[ ${1-} == -- && $# -ge 2 ]] || refuse "-- and the flags of bloomjax.train are missing"
 shift
+[[ $model_dir == /* || $model_dir == *://* ]] || refuse "--model-dir=$model_dir must be a whole path: it is looked at from two folders"
 
 ssh=(gcloud compute tpus tpu-vm ssh "$tpu" "--zone=$zone")
 [[ -z $project ]] || ssh+=("--project=$project")

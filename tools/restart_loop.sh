@@ -106,6 +106,8 @@ while ! $stopping; do
   else
     stalls=$((stalls + 1))
   fi
+  # The signal came before the run listened to signals: nothing is lost.
+  ! $stopping || [[ $code != 138 && $code != 143 ]] || code=75
   case $code in
     75 | 134 | 137 | 247 | 250) ;;
     *)
