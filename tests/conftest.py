@@ -1,6 +1,7 @@
 """Eight virtual CPU devices and strict numerics for every test."""
 
 import os
+from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -10,6 +11,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # now: `plan` sets other flags for its target, and the first use of a device fixes their number
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def command(capsys):
     """command(verb, *flags): exit code, stdout and stderr of a verb in this process."""
 
     def call(verb, *flags):
-        with pytest.raises(SystemExit) as end:
+        with mock.patch.dict(os.environ), pytest.raises(SystemExit) as end:
             verb.main([verb.__name__, *map(str, flags)])
         out, err = capsys.readouterr()
         return end.value.code, out, err
