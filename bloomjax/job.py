@@ -216,6 +216,17 @@ def gather(value: Any) -> list[Any]:
     return on_main(lambda: [job.get(f"{key}/{n}") for n in range(job.num_processes)])
 
 
+def publish(key: str, value: Any) -> None:
+    """Lets the other processes see a value (JSON); waits for nobody. Each key once in a job."""
+    if _job is not None:
+        _job.put(f"{key}/{_job.process_id}", value)
+
+
+def published(key: str) -> dict[int, Any]:
+    """What has been published under `key` so far, by process; waits for nobody. Empty in a process that is alone."""
+    return {int(n): value for n, value in _job.folder(key).items()} if _job else {}
+
+
 def request_stop(reason: str) -> None:
     """Asks all processes to stop; `stopped_by` says after which step."""
     assert _job is not None

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, journal.jsonl, event files, and the progress a person watches."""
+"""What a run writes down of its steps: metrics.jsonl, event files, and the progress a person watches."""
 
 import fcntl
 import json
@@ -10,6 +10,7 @@ from typing import Any, Protocol, TextIO
 
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
+from bloomjax.journal import append_line
 
 
 class ScalarWriter(Protocol):
@@ -59,24 +60,6 @@ def clu_writer(logdir: str, first_step: int) -> ScalarWriter:
 
     del first_step
     return metric_writers.create_default_writer(logdir)
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON object as one line, in one write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-class Journal:
-    """journal.jsonl: starts, restores, saves, stops, incidents; a line each, never rewritten."""
-
-    def __init__(self, model_dir: Path, enabled: bool = True):
-        self._path = model_dir / "journal.jsonl"
-        self._enabled = enabled
-
-    def write(self, event: str, **fields: Any) -> None:
-        if self._enabled:
-            append_line(self._path, {"time": round(time.time(), 3), "event": event, **fields})
 
 
 class MetricsFile:

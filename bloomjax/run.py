@@ -19,7 +19,8 @@ from bloomjax.checkpoints import Checkpoints, is_imported
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import EXIT_RESTART, BadInput
 from bloomjax.files import write_whole
-from bloomjax.metrics import Journal, MetricsFile, Progress, ScalarWriter, lock_model_dir
+from bloomjax.journal import Journal
+from bloomjax.metrics import MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
 from bloomjax.schedules import BatchSchedule, CosineSchedule
 from bloomjax.train_step import Batch, TrainState

@@ -24,6 +24,7 @@ LAYERS = (
         "flops",
         "startup",
         "job",
+        "journal",
         "distributed",
         "hlo",
         "jaxpr_flops",

@@ -1,7 +1,6 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,8 @@ import pytest
 from bloomjax.errors import BadInput
 from bloomjax.metrics import (
     EventFileWriter,
-    Journal,
     MetricsFile,
     Progress,
-    append_line,
     lock_model_dir,
 )
 
@@ -80,9 +77,7 @@ def test_only_the_main_process_writes(tmp_path):
     other = MetricsFile(tmp_path, enabled=False)
     other.write({"step": 3})
     other.resume_after(0)
-    Journal(tmp_path, enabled=False).write("start")
     assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert not (tmp_path / "journal.jsonl").exists()
 
 
 def test_first_and_last_evaluation(tmp_path):
@@ -95,23 +90,6 @@ def test_first_and_last_evaluation(tmp_path):
     metrics.write({"step": 5})
     first, last = metrics.first_and_last_with("validation_loss")
     assert (first["step"], last["step"]) == (2, 4)
-
-
-def test_lines_are_plain_utf8(tmp_path):
-    append_line(tmp_path / "x", {"text": "ኢት 中\u2028文\n"})
-    raw = (tmp_path / "x").read_text(encoding="utf-8")
-    assert raw.count("\n") == 1 and "中" in raw and json.loads(raw) == {"text": "ኢት 中\u2028文\n"}
-
-
-def test_journal_only_grows(tmp_path):
-    before = time.time()
-    journal = Journal(tmp_path)
-    journal.write("start", step=0, pid=1)
-    Journal(tmp_path).write("save", step=10, stall_seconds=0.5)
-    start, save = lines(tmp_path / "journal.jsonl")
-    assert start["event"] == "start" and start["pid"] == 1
-    assert (save["event"], save["step"], save["stall_seconds"]) == ("save", 10, 0.5)
-    assert before - 1 < start["time"] <= save["time"] <= time.time() + 1
 
 
 def test_event_files_hold_the_scalars(tmp_path):
