@@ -68,7 +68,7 @@ def make_checkpoint(gin_file: str, folder: str) -> None:
     from bloomjax import config
     from bloomjax.checkpoints import Checkpoints
     from bloomjax.partitioning import MeshShape
-    from bloomjax.train_step import TrainState, abstract_state
+    from bloomjax.train_state import TrainState, abstract_state
 
     model_dir = Path(folder)
     model = config.build("train.model", gin_file)

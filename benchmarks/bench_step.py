@@ -123,7 +123,8 @@ def our_program(dtype):
     from bloomjax.model import Bloom, BloomConfig
     from bloomjax.optimizer import adamw
     from bloomjax.partitioning import MeshShape
-    from bloomjax.train_step import StepOptions, TrainState, abstract_state, make_train_step
+    from bloomjax.train_state import TrainState, abstract_state
+    from bloomjax.train_step import StepOptions, make_train_step
 
     shape = dict(vocab_size=VOCAB, num_layers=LAYERS, emb_dim=DIM, num_heads=HEADS)
     model = Bloom(BloomConfig(**shape, dtype=dtype, scan_layers=False))

@@ -1,9 +1,11 @@
-"""The parameters of a checkpoint piece by piece, for export and import, which never hold a model in memory."""
+"""The arrays of a checkpoint piece by piece, for export, import and tools, which never hold a model in memory."""
 
 import contextlib
+import dataclasses
 import errno
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from bloomjax import checkpoint_manifest
 from bloomjax.checkpoints import (
     block_fingerprint,
     deleted_meanwhile,
@@ -50,13 +54,7 @@ class ParamsReader:
 
     def blocks(self, path: tuple[str, ...]) -> Iterator[tuple[int, int]]:
         """First and last + 1 row of the blocks in which the rows of a parameter were stored."""
-        array = self._open(path)
-        num_rows = array.shape[0]
-        chunk = array.chunk_layout.read_chunk.shape
-        step = num_rows
-        if chunk and chunk[0]:
-            step = chunk[0]
-        return ((start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+        return _row_blocks(self._open(path))
 
     def read(self, path: tuple[str, ...], start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a parameter. BadInput if they cannot be read, or the last one shows damage."""
@@ -90,6 +88,100 @@ class ParamsReader:
             ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One array of two checkpoints.
+
+    Attributes:
+      name: as in their positions; kinds: dtype and shape in either, None where it is missing.
+      max_difference: of the elements, as float64; None if the kinds differ. NaN if one has a NaN where the other
+        has another value.
+      num_equal, num_elements: how many have the same bits.
+    """
+
+    name: str
+    kinds: tuple[str | None, str | None]
+    max_difference: float | None
+    num_equal: int
+    num_elements: int
+
+    @property
+    def is_equal(self) -> bool:
+        return self.kinds[0] == self.kinds[1] and self.num_equal == self.num_elements
+
+
+def storage_path(name: str) -> tuple[str, ...]:
+    """Where Orbax keeps the array of this name of a position: ".opt_state[0].mu['a']" is opt_state, 0, mu, a."""
+    parts = re.findall(r"\.(\w+)|\['([^']*)'\]|\[(\d+)\]", name)
+    return tuple(next(part for part in each if part) for each in parts)
+
+
+def _open_array(checkpoint: epath.Path, name: str) -> ts.TensorStore:
+    spec = storage_spec(checkpoint / "state", storage_path(name))
+    return ts.open(spec, open=True, read=True).result()
+
+
+def _row_blocks(array: ts.TensorStore) -> Iterator[tuple[int, int]]:
+    """First and last + 1 row of the blocks in which the rows of an array were stored."""
+    num_rows = array.shape[0]
+    chunk = array.chunk_layout.read_chunk.shape
+    step = num_rows
+    if chunk and chunk[0]:
+        step = chunk[0]
+    return ((start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def _blocks(array: ts.TensorStore) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and content of the blocks of an array; a number is one row."""
+    if array.rank == 0:
+        yield 0, np.asarray(array.read().result()).reshape(1)
+        return
+    for start, stop in _row_blocks(array):
+        yield start, np.ascontiguousarray(array[start:stop].read().result())
+
+
+def damaged_arrays(checkpoint: epath.Path, position: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and what is wrong, of each array of a checkpoint that is not as saved: reads all, needs no model."""
+    for name, kind in position["arrays"].items():
+        try:
+            array = _open_array(checkpoint, name)
+            found = f"{array.dtype.name}{list(array.shape)}"
+            if found != kind:
+                yield name, f"is {found}, {kind} was saved"
+                continue
+            total = sum(_fingerprint(block, start) for start, block in _blocks(array)) % 2**32
+        except (ValueError, OSError, KeyError) as error:
+            yield name, " ".join(str(error).split())[:200]
+            continue
+        if total != position["fingerprints"][name]:
+            yield name, "content differs from its fingerprint"
+
+
+def differences(
+    checkpoints: tuple[epath.Path, epath.Path], kinds: tuple[dict[str, str], dict[str, str]]
+) -> Iterator[Difference]:
+    """Of all arrays of two checkpoints; `kinds` are the `arrays` of their positions. OSError, ValueError: damage."""
+    for name in kinds[0] | kinds[1]:
+        kind = kinds[0].get(name), kinds[1].get(name)
+        if kind[0] != kind[1]:
+            yield Difference(name, kind, None, 0, 0)
+            continue
+        mine, other = (_open_array(checkpoint, name) for checkpoint in checkpoints)
+        num_equal = num_elements = 0
+        largest = 0.0
+        for start, a in _blocks(mine):
+            whole = other if other.rank == 0 else other[start : start + len(a)]
+            b = np.asarray(whole.read().result()).reshape(a.shape)
+            unsigned = f"u{a.dtype.itemsize}"
+            same = np.ascontiguousarray(a).view(unsigned) == np.ascontiguousarray(b).view(unsigned)
+            num_equal += int(same.sum())
+            num_elements += same.size
+            if not same.all():
+                gaps = np.abs(a[~same].astype(np.float64) - b[~same].astype(np.float64))
+                largest = float(np.max([largest, gaps.max()]))
+        yield Difference(name, kind, largest, num_equal, num_elements)
+
+
 class ParamsWriter:
     """A checkpoint of step 0 that holds nothing but parameters, which arrive in blocks in any order.
 
@@ -116,7 +208,10 @@ class ParamsWriter:
         self._sums[path] += _fingerprint(array[start : start + len(block)], start)
 
     def save(self, directory: Path, position: dict[str, Any]) -> None:
-        """Writes `directory`/0; `position` says where the parameters come from. `scratch` may then be deleted."""
+        """Writes `directory`/0; `position` says where the parameters come from. `scratch` may then be deleted.
+
+        `directory` must be one that takes its name when all is written: the manifest is, after the checkpoint.
+        """
         params = unflatten_dict(self._arrays)
         fingerprints = {leaf_name(path): total % 2**32 for path, total in self._sums.items()}
         handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
@@ -147,6 +242,7 @@ class ParamsWriter:
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
                 raise
+        checkpoint_manifest.write(epath.Path(directory.resolve()) / "0")
 
 
 def _fingerprint(rows: np.ndarray, first_row: int) -> int:

@@ -1,28 +1,44 @@
-"""Checkpoints of weights, optimizer and data position: saved asynchronously, verified leaf by leaf when restored.
+"""Checkpoints of weights, optimizer and data position: saved asynchronously, verified when restored.
 
 A checkpoint is `checkpoints/<step>/` with two Orbax items: `state` (TrainState) and `position` (JSON: what `train`
-needs to go on, and a fingerprint of every leaf). Orbax itself restores a flipped bit without a word, so each leaf is
-compared with its fingerprint, which does not depend on how the leaf is sharded.
+needs to go on, and a fingerprint of every leaf). Orbax itself restores a flipped bit without a word, so each file is
+compared with the manifest, and each leaf with its fingerprint, which does not depend on how the leaf is sharded.
 """
 
-import contextlib
 import hashlib
 import json
+import math
+import os
 import re
-import shutil
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+from etils import epath
 
-from bloomjax import job
-from bloomjax.errors import BadInput
+from bloomjax import checkpoint_manifest, job, kvstores
+from bloomjax.checkpoint_folder import (
+    DAMAGED,
+    ROLLED_BACK,
+    TEMPORARY,
+    CheckpointFolder,
+    superseded,
+)
+from bloomjax.checkpoint_saving import ITEMS, Save, is_disk_full
+from bloomjax.errors import BadInput, NoRoom
+from bloomjax.files import one_line_errors
+from bloomjax.metrics import lock_model_dir
+
+_RETRY_SECONDS = 10.0  # between looks at the free space after a save that failed
+_FINAL_TRIES = 3  # of the last save of a run
 
 
 def _leaf_fingerprint(x: jax.Array, start: Any = 0) -> jax.Array:
@@ -62,87 +78,350 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
+
+    Attributes:
+      save_every_steps, save_every_minutes: when the run means to save.
+      directory: where they lie, once `open` was called.
+      problems: a line about each checkpoint that the last `restore` has found damaged.
+      incidents: what else went wrong, {"event": "disk_full", ...}; for the caller to take and write down.
+      last_save: of the newest that is whole: step, num_bytes, num_files, seconds, manifest_seconds (both behind).
+    """
 
     def __init__(
         self,
         *,
         save_every_steps: int,
+        save_every_minutes: float | None = None,
         keep_last: int = 3,
         keep_every_steps: int | None = None,
+        directory: str | None = None,
     ):
-        """Keeps the `keep_last` newest, and for ever those whose step is a multiple of `keep_every_steps`."""
+        """Keeps the `keep_last` newest, the pinned one, and for ever those whose step is a multiple of
+        `keep_every_steps`; in `directory` (a folder or a gs:// URL) if it is given.
+        """
         if save_every_steps < 1 or keep_last < 1:
             raise BadInput(
                 f"save_every_steps and keep_last must be at least 1, got {save_every_steps} and {keep_last}"
             )
-        self.save_every_steps = save_every_steps
-        self._keep: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
         if keep_every_steps is not None and keep_every_steps < 1:
             raise BadInput(f"keep_every_steps must be at least 1 or None, got {keep_every_steps}")
-        if keep_every_steps:
-            self._keep.append(policies.EveryNSteps(keep_every_steps))
-        self._manager: ocp.CheckpointManager | None = None
+        if save_every_minutes is not None and not 0 < save_every_minutes < math.inf:
+            raise BadInput(f"save_every_minutes must be positive or None, got {save_every_minutes}")
+        if directory is not None and not directory.strip():
+            raise BadInput("Checkpoints.directory is empty; None means MODEL_DIR/checkpoints")
+        self.save_every_steps = save_every_steps
+        self.save_every_minutes = save_every_minutes
+        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        self._elsewhere = directory
+        self._folder: CheckpointFolder | None = None
+        self._lock: TextIO | None = None
         self._handlers: dict[str, Any] = {}
-        self.directory: Path | None = None
+        self._steps: list[int] = []
+        self._saving: Save | None = None
+        self._changes = threading.Lock()  # pinning must not meet a deletion
+        self._stored_bytes: int | None = (
+            None  # of the last checkpoint that this process saw written
+        )
+        self._failed_step: int | None = None  # whose save found the disk full
+        self._num_failures, self._next_try, self._needed_bytes = 0, 0.0, 0
+        # Of a save that failed for another reason: its line, the process, the error here, the step.
+        self._broken: tuple[str, int | None, BaseException | None, int] | None = None
+        self.directory: epath.Path | None = None
         self.problems: list[str] = []
+        self.incidents: list[dict[str, Any]] = []
+        self.last_save: dict[str, Any] | None = None
 
     def open(self, directory: Path | str, *, read_only: bool = False) -> None:
-        """Looks at what is there; creates `directory` unless `read_only`."""
-        self.directory = Path(directory).resolve()
+        """Looks at what is in `directory`, or in that of the constructor; creates it unless `read_only`."""
+        self._folder = CheckpointFolder(self._elsewhere or directory)
+        self.directory = self._folder.path
         self._handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_names=("state", "position"),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(self._keep),
-                create=not read_only,
-                cleanup_tmp_directories=False,  # see _remove_leftovers
-                single_host_load_and_broadcast=True,  # what process 0 sees is what there is
-                enable_async_checkpointing=True,
-                # `train` decides when to save.
-                should_save_fn=lambda step, latest: latest is None or step > latest,
-            ),
-            item_handlers=self._handlers,
-        )
+        if job.is_main() and not read_only:
+            with one_line_errors(f"cannot write {self.directory}"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+            if self._elsewhere:
+                self._claim_elsewhere(CheckpointFolder(directory))
+        self._reload()
+
+    def _claim_elsewhere(self, usual: CheckpointFolder) -> None:
+        """BadInput if the run's checkpoints are still where they usually lie, or another run writes here.
+
+        A link to a local folder stands in the usual place, for those who look there.
+        """
+        if usual.path == self.folder.path:
+            return
+        if usual.steps() and not self.folder.steps():
+            raise BadInput(
+                f"{usual.path} has checkpoints and Checkpoints.directory {self.directory} has none: "
+                "move them there, or leave Checkpoints.directory out"
+            )
+        if self.folder.is_remote:
+            return
+        self._lock = lock_model_dir(Path(self.folder.path))
+        if usual.path.parent.is_dir() and not os.path.lexists(usual.path):
+            os.symlink(self.folder.path, usual.path)
 
     @property
-    def manager(self) -> ocp.CheckpointManager:
-        if self._manager is None:
+    def folder(self) -> CheckpointFolder:
+        if self._folder is None:
             raise RuntimeError("Checkpoints.open was not called")
-        return self._manager
+        return self._folder
+
+    def _reload(self) -> None:
+        """What process 0 sees is what there is."""
+        self._steps = job.on_main(self.folder.steps)
 
     def is_due(self, step: int) -> bool:
         return step % self.save_every_steps == 0
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, oldest first."""
-        return sorted(self.manager.all_steps())
+        """Steps of the whole checkpoints, oldest first; one that is being saved is not among them."""
+        self._collect_if_done()
+        return list(self._steps)
+
+    def last_before(self, step: int) -> int | None:
+        """The newest whole checkpoint of an earlier step."""
+        return max((each for each in self.steps() if each < step), default=None)
+
+    def pin(self, step: int, reason: str) -> None:
+        """Keeps the checkpoint of `step` besides the newest, until another is pinned; written by the main process."""
+        if not job.is_main():
+            return
+        with self._changes:
+            if step in self.folder.steps():
+                self.folder.pin(step, reason)
+            else:  # deleted this very moment; an incident must not end the run
+                logging.error("no checkpoint of step %d in %s to be pinned", step, self.directory)
+
+    def put_aside_from(self, step: int) -> list[int]:
+        """Whole checkpoints of `step` and later become `rolled-back-<step>`; all processes call it. Their steps.
+
+        Waits for a save in the background, which may be one of them.
+        """
+        self._collect()
+        aside = [each for each in self._steps if each >= step]
+        for each in aside:
+            self._put_aside(each, ROLLED_BACK)
+        if self._failed_step is not None and self._failed_step >= step:
+            self._failed_step = None  # what was to be saved then is no longer wanted
+        return aside
+
+    # Saving.
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> bool:
-        """Copies the state to the host and returns; the writing goes on behind.
+        """Copies the state to the host and returns; the writing goes on behind. All processes call it.
 
-        False if nothing is saved, because the step exists: it is not rewritten.
+        False if nothing is saved, because the step or a later one exists, or because the disk has no room and none
+        can be made (`incidents` says so, `wants_retry` when to call again). What else went wrong with the save before
+        is raised here.
         """
-        if step in self.manager.all_steps():
+        self._collect(raises=True)
+        if self._steps and step <= self._steps[-1]:
+            return False
+        num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        self._needed_bytes = num_bytes
+        if self._stored_bytes is not None:
+            self._needed_bytes = min(num_bytes, int(1.02 * self._stored_bytes))
+        begun = job.on_main(lambda: self._begin(step))
+        self._take_incident(begun)
+        if begun["temporary"] is None:
             return False
         position = position_of(step, position, state, fingerprints(state))
-        return self.manager.save(
+        self._saving = Save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state, save_args=save_arguments(state)),
-                position=ocp.args.JsonSave(position),
-            ),
+            epath.Path(begun["temporary"]),
+            self._handlers,
+            {
+                "state": ocp.args.StandardSave(state, save_args=save_arguments(state)),
+                "position": ocp.args.JsonSave(position),
+            },
+            self._finish_save,
         )
+        return True
+
+    def _begin(self, step: int) -> dict[str, Any]:
+        """On the main process: the folder to write in; None, and an incident, where there is no room for it."""
+        freed: list[str] = []
+        path = None
+        try:
+            free = self.folder.free_bytes()
+            if free is not None and free < self._needed_bytes:
+                freed = self._make_room(at_least=0)
+                free = self.folder.free_bytes()
+            if free is None or free >= self._needed_bytes:
+                path = self.folder.begin(step)
+                for name in ITEMS:
+                    (path / name).mkdir()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            path = None
+        incident = None
+        if freed or path is None:
+            incident = self._incident(step, freed, "too little room for a checkpoint")
+        return {"temporary": None if path is None else os.fspath(path), "incident": incident}
+
+    def _make_room(self, at_least: int) -> list[str]:
+        with self._changes:
+            return self.folder.make_room(
+                self._needed_bytes, keep_every_steps=self._keep_every_steps, at_least=at_least
+            )
+
+    def _incident(self, step: int, freed: list[str], problem: str) -> dict[str, Any]:
+        """Of a full disk; said once for each episode, and whenever something was deleted."""
+        free = self.folder.free_bytes()
+        if freed or self._failed_step is None:
+            gone = f"; deleted {', '.join(freed)}" if freed else "; nothing could be deleted"
+            line = (
+                f"bloomjax: DISK FULL at the save of step {step}: {problem} in {self.directory}, needed "
+                f"{_gigabytes(self._needed_bytes)}, free {_gigabytes(free)}{gone}; training goes on"
+            )
+            print(line, file=sys.stderr, flush=True)
+        return {
+            "event": "disk_full",
+            "step": step,
+            "directory": os.fspath(self.folder.path),
+            "freed": freed,
+            "free_bytes": free,
+            "needed_bytes": self._needed_bytes,
+            "problem": problem,
+        }
+
+    def _finish_save(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        """On the main process, behind: commits and deletes what is no longer kept; or makes room for another try."""
+        step, folder = outcome["step"], self.folder
+        if outcome["error"] is None:
+            temporary = f"{step}" if folder.is_remote else f"{step}{TEMPORARY}"
+            folder.commit(step, folder.path / temporary)
+            with self._changes:
+                self._delete_superseded()
+            return {"steps": folder.steps(), "incident": None}
+        if not outcome["full"]:
+            return {"steps": folder.steps(), "incident": None}
+        # The numbers of free bytes know nothing of quotas: what has failed twice needs more room than they say.
+        freed = self._make_room(at_least=min(self._num_failures, 1))
+        return {
+            "steps": folder.steps(),
+            "incident": self._incident(step, freed, outcome["error"]),
+        }
+
+    def _delete_superseded(self) -> None:
+        gone = superseded(
+            self.folder.steps(),
+            keep_last=self._keep_last,
+            keep_every_steps=self._keep_every_steps,
+            pinned=self.folder.pinned_step(),
+        )
+        for step in gone:
+            try:
+                self.folder.delete(self.folder.path / str(step))
+            except (
+                OSError
+            ) as error:  # the checkpoint is whole all the same; the next save tries again
+                logging.warning("cannot delete checkpoint %s/%d: %s", self.directory, step, error)
+
+    def _collect_if_done(self) -> None:
+        if self._saving is not None and not self._saving.is_running():
+            self._collect()
+
+    def _collect(self, raises: bool = False) -> None:
+        """Waits for the save in the background and learns how it ended: the same on all processes."""
+        if self._saving is not None:
+            save, self._saving = self._saving, None
+            outcome = save.join()
+            self._steps = outcome.get("steps", self._steps)
+            self._take_incident(outcome)
+            if outcome["error"] is None:
+                self._failed_step, self._num_failures = None, 0
+                self._stored_bytes = outcome["num_bytes"]
+                names = ("step", "num_bytes", "num_files", "seconds", "manifest_seconds")
+                self.last_save = {name: outcome[name] for name in names}
+            elif not outcome["full"]:
+                self._broken = outcome["error"], outcome.get("process"), save.error, save.step
+        if raises and self._broken is not None:
+            line, process, error, step = self._broken
+            self._broken = None
+            if error is not None:
+                raise error
+            where = f" of process {process}" if process is not None else ""
+            raise RuntimeError(f"the save of step {step}{where} failed: {line}")
+
+    def _take_incident(self, found: dict[str, Any]) -> None:
+        incident = found.get("incident")
+        if incident is None:
+            return
+        self.incidents.append(incident)
+        if "temporary" in found and found["temporary"] is not None:
+            return  # room was made before anything failed
+        self._failed_step = incident["step"]
+        pause = 0.0 if self._num_failures == 0 else min(60.0 * 2**self._num_failures, 1800.0)
+        self._next_try = time.monotonic() + pause
+        self._num_failures += 1
+
+    def wants_retry(self) -> bool:
+        """Whether a save failed for want of room and it makes sense to try now. Local and cheap."""
+        self._collect_if_done()
+        if self._failed_step is None or self._saving is not None:
+            return False
+        now = time.monotonic()
+        if now < self._next_try:
+            return False
+        self._next_try = now + _RETRY_SECONDS
+        free = self.folder.free_bytes()
+        return free is None or free >= self._needed_bytes
+
+    def wait(self, save_again: Callable[[], Any] | None = None) -> None:
+        """Until what is being saved is on disk.
+
+        If the last save found the disk full and there is room by now, `save_again()` is called (on all processes),
+        which should call `save`. NoRoom if the last save is not on the disk in the end.
+        """
+        self._collect(raises=True)
+        for _ in range(_FINAL_TRIES):
+            if self._failed_step is None or save_again is None:
+                break
+            if not job.on_main(self._has_room):
+                break
+            save_again()
+            self._collect(raises=True)
+        if self._failed_step is not None:
+            step, self._failed_step = self._failed_step, None
+            raise NoRoom(
+                f"the checkpoint of step {step} is not saved: {self.directory} is full, needed "
+                f"{_gigabytes(self._needed_bytes)}, free {_gigabytes(self.folder.free_bytes())}; the newest is "
+                f"{max(self._steps, default='none')}; make room and start the same command again"
+            )
+
+    def _has_room(self) -> bool:
+        free = self.folder.free_bytes()
+        return free is None or free >= self._needed_bytes
+
+    def close(self) -> None:
+        """Waits for a save, too, and says on stderr if it failed: this is called when a run ends by an error."""
+        if self._folder is None:
+            return
+        self._collect()
+        if self._broken is not None and job.is_main():
+            line, _, _, step = self._broken
+            print(f"bloomjax: the save of step {step} failed: {line}", file=sys.stderr)
+        self._broken, self._failed_step = None, None
+        for handler in self._handlers.values():
+            handler.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+        self._folder = None
 
     def restore(
         self,
         abstract_state: Any,
         check_position: Callable[[dict[str, Any]], None],
         from_params: Callable[[Any], Any] | None = None,
+        before_step: int | None = None,
     ) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that is whole, on the mesh of `abstract_state`; None if there is none at all.
 
@@ -151,11 +430,16 @@ class Checkpoints:
         put aside as `damaged-<step>` and the one before is taken; BadInput if all are damaged. `problems` holds a line
         about each. What is no damage (no memory, no permission, a file system that does not answer) is raised as it is.
         Of several processes all take the same step: damage that one of them sees is damage for all.
+        With `before_step` only checkpoints of earlier steps are looked at.
         """
-        steps = self.steps()[::-1]
+        self._collect()
+        self._reload()
+        steps = [x for x in reversed(self._steps) if before_step is None or x < before_step]
+        self.problems = []
         damaged = []
         for step in steps:
             try:
+                self._check_files(step)
                 position = self._together(step, self._restore_position, step)
                 check_position(position)
                 if is_imported(position) and from_params:
@@ -170,7 +454,7 @@ class Checkpoints:
                 damaged.append(step)
                 continue
             for damaged_step in damaged:
-                self._put_aside(damaged_step)
+                self._put_aside(damaged_step, DAMAGED)
             self._remove_leftovers()
             return state, position
         if damaged:
@@ -198,7 +482,6 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Only the parameters of `step`, verified; for inference. BadInput if they are damaged or of another model."""
-        assert self.directory is not None
         position = self._restore_position(step)
         self._check_arrays(step, abstract_params, position, prefix=".params")
         item = {"params": abstract_params}
@@ -206,7 +489,7 @@ class Checkpoints:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             try:
                 restored = checkpointer.restore(
-                    self.directory / str(step) / "state",
+                    self._path(step, "state"),
                     args=ocp.args.PyTreeRestore(
                         item=item, restore_args=restore_args, partial_restore=True
                     ),
@@ -216,21 +499,34 @@ class Checkpoints:
                 raise BadInput(self._damage(step, error)) from error
         return restored["params"]
 
-    def wait(self) -> None:
-        """Until what is being saved is on disk."""
-        self.manager.wait_until_finished()
-
-    def close(self) -> None:
-        if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
-            self._manager = None
+    def _check_files(self, step: int) -> None:
+        """Every file of a checkpoint against its manifest, shared between the processes."""
+        folder = self.folder.path / str(step)
+        entries = self._together(step, checkpoint_manifest.read, folder)
+        if entries is None:
+            # `_restore_position` knows whether there was one.
+            if job.is_main():
+                logging.info("checkpoint %s has no manifest: only its arrays are verified", folder)
+            return
+        if job.is_main():
+            self._together(step, checkpoint_manifest.check_names, folder, entries)
+        else:
+            self._together(step, lambda: None)
+        mine = checkpoint_manifest.share(entries, jax.process_index(), jax.process_count())
+        self._together(step, checkpoint_manifest.check_files, folder, entries, mine)
 
     def _restore_position(self, step: int) -> dict[str, Any]:
         position = self._restore_item(step, "position", ocp.args.JsonRestore())
         if position.pop("checksum", None) != _checksum(position):
             raise ValueError("the position differs from its checksum")
+        if position["step"] != step:
+            raise ValueError(f"it holds step {position['step']}")
+        if position.get("has_manifest") and not self._path(step, checkpoint_manifest.NAME).exists():
+            raise checkpoint_manifest.Damage(f"{checkpoint_manifest.NAME}: is missing")
         return position
+
+    def _path(self, step: int, name: str) -> epath.Path:
+        return self.folder.path / str(step) / name
 
     def _check_arrays(
         self, step: int, abstract_state: Any, position: dict[str, Any], prefix: str = ""
@@ -269,48 +565,42 @@ class Checkpoints:
 
     def _restore_item(self, step: int, name: str, args: Any) -> Any:
         """Past Orbax's manager, which lets the processes wait for one that has met damage."""
-        assert self.directory is not None
-        return self._handlers[name].restore(self.directory / str(step) / name, args=args)
+        return self._handlers[name].restore(self._path(step, name), args=args)
 
     def _damage(self, step: int, error: Exception) -> str:
-        assert self.directory is not None
-        if not (self.directory / str(step)).exists():
-            return deleted_meanwhile(self.directory / str(step))
+        if not (self.folder.path / str(step)).exists():
+            return deleted_meanwhile(self.folder.path / str(step))
         text = re.sub(r"\s+", " ", str(error)).strip()
         return (
             f"checkpoint {self.directory}/{step} is damaged: {type(error).__name__}: {text[:200]}"
         )
 
-    def _put_aside(self, step: int) -> None:
+    def _put_aside(self, step: int, prefix: str) -> None:
         """Renamed, not deleted: an on-call engineer may want to look."""
-        assert self.directory is not None
-        if jax.process_index() == 0:
-            names = (
-                f"damaged-{step}{suffix}" for suffix in ("", *(f".{n}" for n in range(1, 1000)))
-            )
-            target = next(t for name in names if not (t := self.directory / name).exists())
-            with contextlib.suppress(FileNotFoundError):
-                (self.directory / str(step)).rename(target)
-        self.manager.reload()
+        if job.is_main():
+            self.folder.put_aside(step, prefix)
+        self._reload()
 
     def _remove_leftovers(self) -> None:
-        """Of killed saves. Only once it is clear that the folder is this run's: Orbax would do it when it opens."""
-        assert self.directory is not None
-        if jax.process_index() == 0:
-            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path)
+        """Of killed saves. Only once it is clear that the folder is this run's."""
+        if job.is_main():
+            self.folder.remove_leftovers()
 
 
 class _Damaged(Exception):
     """A checkpoint cannot be restored; the message says which and why."""
 
 
-def deleted_meanwhile(checkpoint: Path) -> str:
+def deleted_meanwhile(checkpoint: os.PathLike[str]) -> str:
     """What to say of a checkpoint that is gone while it is read."""
     return (
         f"checkpoint {checkpoint} was deleted while it was read: a run keeps its newest ones "
         "(Checkpoints.keep_last, keep_every_steps); take one that is kept"
     )
+
+
+def _gigabytes(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / 1e9:.3f} GB"
 
 
 def is_imported(position: dict[str, Any]) -> bool:
@@ -326,8 +616,13 @@ def position_of(
     prefix: str = "",
 ) -> dict[str, Any]:
     """A copy of `position`, since it is written while the caller goes on, with what is needed to verify `tree`."""
-    arrays = {"step": step, "arrays": _arrays(tree, prefix), "fingerprints": leaf_fingerprints}
-    position = json.loads(json.dumps({**position, **arrays}))
+    own = {
+        "step": step,
+        "arrays": _arrays(tree, prefix),
+        "fingerprints": leaf_fingerprints,
+        "has_manifest": True,
+    }
+    position = json.loads(json.dumps({**position, **own}))
     position["checksum"] = _checksum(position)
     return position
 
@@ -342,10 +637,10 @@ def save_arguments(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def storage_spec(state_dir: Path, path: tuple[str, ...]) -> dict[str, Any]:
+def storage_spec(state_dir: Path | epath.Path, path: tuple[str, ...]) -> dict[str, Any]:
     """TensorStore spec of one leaf below `checkpoints/<step>/state`, as Orbax 0.12 lays it out."""
     metadata = json.loads((state_dir / "_METADATA").read_text())
-    base = {"driver": "file", "path": f"{state_dir.resolve()}/"}
+    base = kvstores.kvstore(state_dir)
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(path)}/"}
     return {"driver": "zarr3" if metadata["use_zarr3"] else "zarr", "kvstore": kvstore}
 

@@ -29,7 +29,7 @@ from gin import config as gin_config
 from gin import config_parser
 
 from bloomjax import job
-from bloomjax.errors import EXIT_RESTART, BadInput, Unreachable
+from bloomjax.errors import EXIT_RESTART, BadInput, NoRoom, Restart
 
 Configurables = Sequence[tuple[str, Sequence[str]]]
 Key = tuple[str, str, str]  # scope, selector, parameter; macro NAME is (NAME, _MACRO, "value")
@@ -44,6 +44,13 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.distributed", ("Cluster",)),
     ("bloomjax.partitioning", ("MeshShape",)),
     ("bloomjax.checkpoints", ("Checkpoints",)),
+    ("bloomjax.health", ("Health",)),
+    ("bloomjax.stops", ("StopConditions",)),
+    ("bloomjax.guard", ("SpikeGuard",)),
+    ("bloomjax.watchdog", ("Watchdog",)),
+    ("bloomjax.stragglers", ("Stragglers",)),
+    ("bloomjax.drift", ("ReplicaCheck",)),
+    ("bloomjax.fault", ("fault",)),
     ("bloomjax.metrics", ("EventFileWriter", "clu_writer")),
     ("bloomjax.train_step", ("StepOptions",)),
     ("bloomjax.prepare", ("prepare",)),
@@ -97,9 +104,11 @@ def call(
         # To a constructor's error gin appends lines that say where it was called.
         message = str(error).split("\n  In call to configurable")[0]
         result = job.fail(1, message)
+    except NoRoom as error:
+        result = job.fail(1, str(error))
     except KeyboardInterrupt:
         result = job.fail(130, "interrupted")
-    except Unreachable as error:
+    except Restart as error:
         result = job.fail(EXIT_RESTART, str(error))
     except (
         BrokenPipeError

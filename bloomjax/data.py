@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bloomjax.mixture_weights import find_table, temperature_weights
 from bloomjax.partitioning import BATCH_AXES, num_batch_shards
 from bloomjax.phases import PhasedMixture, Stretch, phases_identity
 from bloomjax.schedules import BatchSchedule
+from bloomjax.skips import KeptSamples, Skips
 from bloomjax.token_store import TokenStore
 from bloomjax.train_step import Batch
 
@@ -126,6 +127,7 @@ class TrainData:
         weights: Weights | None = None,
         temperature: float = 1.0,
         phases: Sequence[Phase] = (),
+        skip_samples: Sequence[tuple[int, int]] = (),
         block_tokens: int | None = None,
         max_filled_share: float = 0.5,
         num_prefetched: int = 2,
@@ -140,6 +142,8 @@ class TrainData:
             a function of {language: tokens in the store}; or None for the share each has in the store.
           temperature: shares become w^(1/temperature).
           phases: what changes later; a run may be given more of them than it began with, for samples it has not seen.
+          skip_samples: ranges (first, end) of sample numbers that are not trained on; later samples move up. A run may
+            be given more of them than it began with, for samples it has not seen.
           block_tokens: what is shuffled; a multiple of every sequence_length, None for sequence_length.
           max_filled_share: refuse a batch of which more rows than this would be empty.
           num_prefetched: batches read ahead.
@@ -153,6 +157,7 @@ class TrainData:
         self.seed = seed
         self.max_filled_share = max_filled_share
         self._phases = (Phase(0, weights, temperature), *phases)
+        self._skips = Skips.of(skip_samples)
         self._block_tokens = block_tokens or sequence_length
         self._num_prefetched = num_prefetched
 
@@ -195,7 +200,7 @@ class TrainData:
         mixture = PhasedMixture(
             stretches, num_tokens, seed=self.seed, block_tokens=self._block_tokens
         )
-        return OpenTrainData(first, sources, mixture, self._num_prefetched)
+        return OpenTrainData(first, sources, mixture, self._num_prefetched, self._skips)
 
 
 def _label(language: str, store: TokenStore, sources: dict[str, tuple[TokenStore, str]]) -> str:
@@ -254,6 +259,8 @@ class OpenTrainData:
     """Rows by sample number, and batches by step.
 
     Attributes:
+      mixture: what each sample is, by its number.
+      kept: the samples that are trained on, by position; `skip` changes it.
       store: of the first phase.
       sources: store and language of each source of the mixture.
       sequence_length: of the first phase, and of evaluation.
@@ -265,18 +272,20 @@ class OpenTrainData:
         sources: Mapping[str, tuple[TokenStore, str]],
         mixture: PhasedMixture,
         num_prefetched: int,
+        skips: Skips = Skips(),  # noqa: B008 # immutable
     ):
         self.store = store
         self.sources = sources
         self.mixture = mixture
+        self.kept = KeptSamples(mixture, skips)
         self.sequence_length = mixture.stretches[0].sequence_length
         self._num_prefetched = num_prefetched
         self._locate_block = functools.lru_cache(2)(functools.partial(_locate_block, mixture))
 
     def identity(self, num_samples: int = 0) -> dict[str, Any]:
-        """What decides which tokens the first samples are; saved with each checkpoint and compared on resume.
+        """What decides which tokens the samples are of which a run has trained on the first `num_samples`.
 
-        Phases that have not begun may still be changed.
+        Saved with each checkpoint and compared on resume. Phases that have not begun may still be changed.
         """
         found = {
             "store": self.store.fingerprint,
@@ -287,7 +296,7 @@ class OpenTrainData:
         }
         if self.mixture.block_tokens != self.sequence_length:
             found["block_tokens"] = self.mixture.block_tokens
-        phases = phases_identity(self.mixture, num_samples)
+        phases = phases_identity(self.mixture, self.kept.end(num_samples))
         for phase in phases:
             stores = {self.sources[name][0].fingerprint for name in phase["shares"]}
             phase["stores"] = sorted(stores - {self.store.fingerprint})
@@ -296,7 +305,7 @@ class OpenTrainData:
     def check_phases(self, schedule: BatchSchedule, num_steps: int) -> list[str]:
         """One line a phase. BadInput where a length changes in the middle of a step."""
         lines = []
-        stretches = self.mixture.stretches
+        stretches = self.kept.stretches
         for p, (before, phase) in enumerate(itertools.pairwise(stretches), 1):
             first = phase.first_sample
             step = bisect.bisect_left(range(num_steps + 1), first, key=schedule.samples_after)
@@ -314,6 +323,27 @@ class OpenTrainData:
                 + (f"; {skipped} tokens of begun blocks are too few for one" if skipped else "")
             )
         return lines
+
+    def skip(self, skips: Skips) -> None:
+        """Deletes these samples, and no others, from what `batches` will give."""
+        self.kept = KeptSamples(self.mixture, skips)
+
+    def without(self, first: int, num: int, schedule: BatchSchedule) -> Skips:
+        """What is skipped when the samples at the positions [first, first + num) are deleted, too.
+
+        A later phase of another length must go on beginning with a step, so the samples of the step in which it would
+        begin now are deleted as well.
+        """
+        skips = self.kept.skips
+        skips = Skips.of([*skips.ranges, *((s, s + n) for s, n in skips.runs(first, num))])
+        for before, phase in itertools.pairwise(self.mixture.stretches):
+            begins = skips.position_of(phase.first_sample)
+            if before.sequence_length == phase.sequence_length or begins <= first:
+                continue
+            whole = schedule.samples_after(schedule.steps_within(begins))
+            tail = skips.runs(whole, begins - whole)
+            skips = Skips.of([*skips.ranges, *((s, s + n) for s, n in tail)])
+        return skips
 
     def sequence_length_of(self, sample: int) -> int:
         """Tokens predicted in this sample."""
@@ -348,11 +378,16 @@ class OpenTrainData:
         self, step: int, schedule: BatchSchedule, mesh: Mesh, num_rows: Callable[[int], int]
     ) -> Batch:
         """The batch of `step` (1-based), filled with rows of weight 0 to `num_rows` of its size."""
-        first, size = schedule.samples_after(step - 1), schedule.batch_size(step)
-        mine = host_rows(num_rows(size), mesh)
-        mine = mine[mine < size]
-        tokens = dict(zip(mine.tolist(), self.rows(first + mine), strict=True))
-        return put_batch(tokens, num_rows(size), self.sequence_length_of(first) + 1, mesh)
+        samples = self.samples_of(step, schedule)
+        mine = host_rows(num_rows(len(samples)), mesh)
+        mine = mine[mine < len(samples)]
+        tokens = dict(zip(mine.tolist(), self.rows(samples[mine]), strict=True))
+        length = self.sequence_length_of(int(samples[0]))
+        return put_batch(tokens, num_rows(len(samples)), length + 1, mesh)
+
+    def samples_of(self, step: int, schedule: BatchSchedule) -> np.ndarray:
+        """Numbers of the samples that `step` (1-based) takes, int64."""
+        return self.kept.samples(schedule.samples_after(step - 1), schedule.batch_size(step))
 
     def batches(
         self,
@@ -361,7 +396,7 @@ class OpenTrainData:
         schedule: BatchSchedule,
         mesh: Mesh,
         num_rows: Callable[[int], int],
-    ) -> Iterator[tuple[int, Batch]]:
+    ) -> Generator[tuple[int, Batch], None, None]:
         """(step, batch) from first_step to last_step, read ahead on a thread; `num_rows` as in `batch`."""
         with concurrent.futures.ThreadPoolExecutor(1, "batches") as pool:
             ahead: list[concurrent.futures.Future] = []

@@ -53,7 +53,7 @@ class Cluster:
             _check_port(place)
         import jax
 
-        # It would take SIGTERM away from `health.StopSignals`, and knows no other reason to stop.
+        # It would take SIGTERM away from `stops.StopConditions`, and knows no other reason to stop.
         jax.config.update("jax_enable_preemption_service", False)
         # After its own time-out JAX aborts in C++, with a stack trace and without a word about who is missing.
         too_late = threading.Timer(

@@ -10,5 +10,13 @@ class BadInput(ValueError):
     """
 
 
-class Unreachable(RuntimeError):
-    """Another process of the job does not answer; the verbs print one line and exit with EXIT_RESTART."""
+class Restart(RuntimeError):
+    """This process cannot go on, but another start of the command may; the verbs print one line and exit with 75."""
+
+
+class Unreachable(Restart):
+    """Another process of the job does not answer."""
+
+
+class NoRoom(OSError):
+    """A checkpoint could not be saved because the disk is full; the message is one line that says where, how much."""

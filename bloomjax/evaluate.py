@@ -15,7 +15,8 @@ from absl import flags
 from bloomjax import config, language_report
 from bloomjax.model_dir import open_model_dir
 from bloomjax.preflight import check_model, open_matching_vocabulary
-from bloomjax.run import held_out_losses, print_columns
+from bloomjax.run import held_out_losses
+from bloomjax.screen import print_columns
 from bloomjax.startup import use_compilation_cache
 from bloomjax.train_step import make_eval_step
 

@@ -1,47 +1,50 @@
-"""What can end a run from outside: stop signals."""
+"""What watches over a run: one object with a part for each thing that can go wrong."""
 
-import signal
-import types
+import contextlib
+from typing import Any
 
-from bloomjax import job
+from bloomjax.drift import ReplicaCheck
+from bloomjax.fault import Fault
+from bloomjax.guard import SpikeGuard
+from bloomjax.stops import StopConditions
+from bloomjax.stragglers import Stragglers
+from bloomjax.watchdog import Watchdog
 
 
-class StopSignals:
-    """Remembers SIGTERM, SIGUSR1 and SIGINT until the loop asks; a second SIGINT interrupts at once.
+class Health:
+    """The parts that are bound; what is None does not happen.
 
     Attributes:
-      received: the signal that this process got.
-      stopped_by: the one for which all processes stop, once `is_stop_due` has said so.
+      stops: what ends the run from outside.
+      guard: which steps are not taken; without it a step that is not finite ends the run.
+      watchdog: ends a process in which nothing moves.
+      stragglers: names slow hosts and devices.
+      replicas: compares copies.
+      fault: faults on purpose.
     """
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.stopped_by: str | None = None
-        self._is_requested = False
-        self._previous: dict[int, object] = {}
+    def __init__(
+        self,
+        *,
+        stops: StopConditions | None = None,
+        guard: SpikeGuard | None = None,
+        watchdog: Watchdog | None = None,
+        stragglers: Stragglers | None = None,
+        replicas: ReplicaCheck | None = None,
+        fault: Fault | None = None,
+    ):
+        self.stops = stops or StopConditions()
+        self.guard = guard
+        self.watchdog = watchdog
+        self.stragglers = stragglers
+        self.replicas = replicas
+        self.fault = fault
 
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._remember)
-        return self
+    def beat(self, step: int | None = None) -> None:
+        """Something has moved: `step`, or a batch of evaluation, is finished."""
+        if self.watchdog:
+            self.watchdog.beat(step)
 
-    def __exit__(self, *exc_info) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def is_stop_due(self, step: int) -> bool:
-        """Whether the run stops after this step, the same on all processes; asked after every step."""
-        if not job.is_shared():
-            self.stopped_by = self.received
-        else:
-            if self.received and not self._is_requested:
-                self._is_requested = True
-                job.request_stop(self.received)
-            self.stopped_by = job.stopped_by(step)
-        return self.stopped_by is not None
-
-    def _remember(self, number: int, frame: types.FrameType | None) -> None:
-        del frame
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+    def setup(self, what: str) -> contextlib.AbstractContextManager[Any]:
+        """Around what takes longer than a step, such as "compile" or "save"."""
+        return self.watchdog.setup(what) if self.watchdog else contextlib.nullcontext()

@@ -44,7 +44,8 @@ class _Job:
         self._num_agreed = 0
         self._lock = threading.Lock()  # of what stands in the next lines
         self._begun_step = -1  # the newest step that this process has promised to take
-        self._stop: tuple[int, str] | None = None  # after which step, and why
+        self._met: dict[str, tuple[int, str]] = {}  # meetings: after which step, and why
+        self._saved: set[str] = set()  # those of them that were for a save, which has been made
         self._closing = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="job", daemon=True)
         self._listener.start()
@@ -76,34 +77,49 @@ class _Job:
         found = self._client.key_value_dir_get(f"bloomjax/{key}/")
         return {name.rsplit("/", 1)[1]: json.loads(value) for name, value in found}
 
+    def delete(self, key: str) -> None:
+        self._client.key_value_delete(f"bloomjax/{key}/")
+
     def next_key(self) -> str:
         """The same for the n-th agreement on every process."""
         self._num_agreed += 1
         return f"agreed/{self._num_agreed}"
 
-    # Stopping.
+    # Meeting: after which step all stop, or all save.
 
-    def request_stop(self, reason: str) -> None:
+    def call_meeting(self, name: str, reason: str) -> None:
         try:
-            self.put("news/stop", reason)
+            self.put(f"news/{name}", reason)
         except Exception as error:
             if "ALREADY_EXISTS" not in str(error):
                 raise
 
+    def call_save(self) -> None:
+        with self._lock:
+            number = sum(name != "stop" for name in self._met)
+        self.call_meeting(f"save-{number}", "save")
+
     def stopped_by(self, step: int) -> str | None:
         with self._lock:
-            if self._stop is None:
-                self._begun_step = step + 1
-                return None
-            last_step, reason = self._stop
-            return reason if step >= last_step else None
+            last_step, reason = self._met.get("stop", (None, None))
+            if last_step is not None and step >= last_step:
+                return reason
+            self._begun_step = step + 1
+            return None
+
+    def is_save_called(self, step: int) -> bool:
+        with self._lock:
+            due = {name for name, (at, _) in self._met.items() if name != "stop" and at <= step}
+            is_new = bool(due - self._saved)
+            self._saved |= due
+            return is_new
 
     def _listen(self) -> None:
         while not self._closing.wait(_LISTEN_SECONDS):
             try:
                 news = self.folder("news")
-                if "stop" in news and self._stop is None:
-                    self._agree_on_stop(news["stop"])
+                if news.keys() - self._met.keys() - {"end"}:
+                    self._meet()
             except (
                 Exception
             ):  # the coordinator is gone or too busy; JAX ends the process if it stays so
@@ -111,29 +127,43 @@ class _Job:
             if "end" in news and news["end"]["process"] != self.process_id:
                 self._end_with(news["end"])
 
-    def _agree_on_stop(self, reason: str) -> None:
-        """While this holds the lock no step begins here; the last of those begun anywhere is the last for all."""
+    def _meet(self) -> None:
+        """While this holds the lock no step begins here; the last of those begun anywhere is the one for all."""
+        promised: set[str] = set()
         with self._lock:
-            try:
-                self.put(f"begun/{self.process_id}", self._begun_step)
-            except Exception as error:
-                if "ALREADY_EXISTS" not in str(error):
-                    raise
             while not self._closing.wait(0.05):
                 try:
-                    begun, news = self.folder("begun"), self.folder("news")
+                    news = self.folder("news")
+                    called = news.keys() - self._met.keys() - {"end"}
+                    # All promises first: another process may wait for that of a meeting which it saw before this one.
+                    for name in called - promised:
+                        self._promise(name)
+                        promised.add(name)
+                    for name in called:
+                        begun = self.folder(f"begun/{name}")
+                        if len(begun) == self.num_processes:
+                            self._met[name] = max(begun.values()), news[name]
                 except Exception:  # too busy; a step that began now would break the promise
                     continue
-                if len(begun) == self.num_processes:
-                    self._stop = max(begun.values()), reason
+                if called <= self._met.keys() or "end" in news:
                     return
-                if "end" in news:
-                    return
+
+    def _promise(self, meeting: str) -> None:
+        try:
+            self.put(f"begun/{meeting}/{self.process_id}", self._begun_step)
+        except Exception as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
 
     # Ending.
 
     def _end_with(self, end: dict[str, Any]) -> None:
         """Another process ended: this one cannot go on, and may hang in a collective that never comes back."""
+        for callback in _before_leaving:
+            try:
+                callback(end["code"], end["line"])
+            except Exception:
+                traceback.print_exc()
         if self._closing.wait(_GRACE_SECONDS):
             return
         if self.process_id == 0:
@@ -173,6 +203,7 @@ class _Job:
 
 
 _job: _Job | None = None
+_before_leaving: list[Callable[[int, str], None]] = []
 
 
 def join(process_id: int, num_processes: int) -> None:
@@ -227,10 +258,27 @@ def published(key: str) -> dict[int, Any]:
     return {int(n): value for n, value in _job.folder(key).items()} if _job else {}
 
 
+def forget(key: str) -> None:
+    """Lets go of what all have published under `key`."""
+    if _job is not None:
+        _job.delete(key)
+
+
 def request_stop(reason: str) -> None:
     """Asks all processes to stop; `stopped_by` says after which step."""
     assert _job is not None
-    _job.request_stop(reason)
+    _job.call_meeting("stop", reason)
+
+
+def request_save() -> None:
+    """Asks all processes to save; `is_save_requested` says after which step. Any process may ask."""
+    assert _job is not None
+    _job.call_save()
+
+
+def is_save_requested(step: int) -> bool:
+    """Whether all processes save after this step, asked once after every step, after `stopped_by`."""
+    return _job is not None and _job.is_save_called(step)
 
 
 def stopped_by(step: int) -> str | None:
@@ -275,6 +323,21 @@ def fail(code: int, line: str) -> int:
         print(f"bloomjax: {line}", file=sys.stderr)
         return code
     _job.end_all(code, line)
+
+
+def end_now(code: int, line: str) -> NoReturn:
+    """`fail` where Python cannot unwind, because its main thread hangs; it takes the other processes along."""
+    if _job is not None:
+        _job.end_all(code, line)
+    print(f"bloomjax: {line}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def before_leaving(callback: Callable[[int, str], None]) -> None:
+    """Has `callback(exit code, line)` called when this process ends because another one did; it must soon return."""
+    _before_leaving.append(callback)
 
 
 def fail_with(error: Exception) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bloomjax.phases import PhasedMixture, Stretch
+from bloomjax.skips import KeptSamples
 from bloomjax.token_store import TRAIN, VALIDATION, TokenStore
 from bloomjax.vocabulary import Vocabulary
 from bloomjax.vocabulary_report import count_words
@@ -24,6 +25,7 @@ MIN_SCRIPT_SHARE = 1e-3
 MAX_FERTILITY = 2.0  # times the median
 _SAMPLE_TOKENS = 1 << 15
 
+Mixture = PhasedMixture | KeptSamples
 Sources = Mapping[str, tuple[TokenStore, str]]  # store and language behind each source of a mixture
 
 
@@ -81,7 +83,7 @@ def num_text_bytes(store: TokenStore, language: str, split: str) -> int:
     return store.manifest["languages"][language]["splits"][split]["num_bytes"]
 
 
-def tokens_seen(mixture: PhasedMixture, num_samples: int) -> dict[str, int]:
+def tokens_seen(mixture: Mixture, num_samples: int) -> dict[str, int]:
     """Tokens of each source among the first `num_samples` samples."""
     found = dict.fromkeys(mixture.names, 0)
     for stretch, first, last in _parts(mixture, num_samples):
@@ -91,7 +93,7 @@ def tokens_seen(mixture: PhasedMixture, num_samples: int) -> dict[str, int]:
     return found
 
 
-def declared_shares(mixture: PhasedMixture, num_samples: int) -> dict[str, float]:
+def declared_shares(mixture: Mixture, num_samples: int) -> dict[str, float]:
     """Token share of each source as declared; with several phases the mean over the tokens of `num_samples` samples."""
     parts = list(_parts(mixture, max(num_samples, 1)))
     total = sum((last - first) * stretch.sequence_length for stretch, first, last in parts)
@@ -104,13 +106,13 @@ def declared_shares(mixture: PhasedMixture, num_samples: int) -> dict[str, float
     }
 
 
-def _parts(mixture: PhasedMixture, num_samples: int) -> Iterator[tuple[Stretch, int, int]]:
+def _parts(mixture: Mixture, num_samples: int) -> Iterator[tuple[Stretch, int, int]]:
     """Each phase with the samples [first, last) of the first `num_samples` that are its own."""
     firsts = [min(stretch.first_sample, num_samples) for stretch in mixture.stretches]
     yield from zip(mixture.stretches, firsts, [*firsts[1:], num_samples], strict=True)
 
 
-def epochs_seen(mixture: PhasedMixture, sources: Sources, num_samples: int) -> dict[str, float]:
+def epochs_seen(mixture: Mixture, sources: Sources, num_samples: int) -> dict[str, float]:
     """How often the training text of each source was seen after `num_samples` samples."""
     found = {}
     for name, tokens in tokens_seen(mixture, num_samples).items():
@@ -121,7 +123,7 @@ def epochs_seen(mixture: PhasedMixture, sources: Sources, num_samples: int) -> d
 
 
 def at_evaluation(
-    losses: Mapping[str, float], mixture: PhasedMixture, sources: Sources, num_samples: int
+    losses: Mapping[str, float], mixture: Mixture, sources: Sources, num_samples: int
 ) -> dict[str, Any]:
     """What an evaluation records beside `losses` (by source, nats a token).
 

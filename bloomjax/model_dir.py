@@ -11,7 +11,7 @@ from bloomjax import config, partitioning
 from bloomjax.checkpoints import Checkpoints, is_imported
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
-from bloomjax.train_step import abstract_params
+from bloomjax.train_state import abstract_params
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 

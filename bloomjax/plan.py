@@ -205,6 +205,7 @@ def _setup() -> Any:
         mesh=config.build("train.mesh"), step=config.build("train.step"), batch_schedule=schedule,
         num_steps=num_steps, sequence_length=max(length for _, length in stretches),
         max_filled_share=0.5 if share is None else share, stretches=stretches,
+        is_guarded=_optional("Health.guard") is not None,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from bloomjax import flops, hlo, jaxpr_flops, preflight, roofline, train_step
+from bloomjax import flops, hlo, jaxpr_flops, preflight, roofline, train_state, train_step
 from bloomjax.data import check_filled_shares
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
@@ -42,6 +42,7 @@ class Setup:
     num_steps: int
     sequence_length: int  # the longest
     max_filled_share: float = 0.5
+    is_guarded: bool = True  # by a SpikeGuard, which is a part of the step
     stretches: tuple[
         tuple[int, int], ...
     ] = ()  # first sample and sequence length; () for one length
@@ -119,12 +120,13 @@ class _Plan:
         check_filled_shares(setup.batch_schedule, setup.num_steps, num_rows, setup.max_filled_share)
         self.num_rows = num_rows(setup.batch_size)
         self.num_microbatches = setup.step.num_microbatches(self.num_rows // num_batch_shards(mesh))
-        self.state = train_step.abstract_state(setup.model, setup.optimizer, mesh)
+        self.state = train_state.abstract_state(setup.model, setup.optimizer, mesh)
         self.batch = train_step.abstract_batch(self.num_rows, setup.sequence_length, mesh)
         self.compiled: dict[str, Any] = {}
         self.program: hlo.Program | None = None
         key = jax.eval_shape(lambda: jax.random.key(0))
-        arguments = self.state, self.batch, jax.ShapeDtypeStruct((), jnp.float32), key
+        limits = jax.ShapeDtypeStruct((2,), jnp.float32) if setup.is_guarded else None
+        arguments = self.state, self.batch, jax.ShapeDtypeStruct((), jnp.float32), key, limits
         step = train_step.jit_programs(setup.model, setup.optimizer, setup.step, mesh, self.state)[
             2
         ]

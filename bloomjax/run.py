@@ -1,29 +1,34 @@
-"""Where a run stands and what it writes down: position, metrics, journal, checkpoints, words on the screen."""
+"""What `train` does around its steps: restore, save, evaluate, write down, react to what went wrong."""
 
-import dataclasses
+import contextlib
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from jax.sharding import Mesh
 
 import bloomjax
-from bloomjax import decoding, flops, job, language_report
+from bloomjax import flops, job, language_report, screen
 from bloomjax.checkpoints import Checkpoints, is_imported
 from bloomjax.data import OpenTrainData
-from bloomjax.errors import EXIT_RESTART, BadInput
+from bloomjax.errors import EXIT_RESTART, BadInput, Restart
 from bloomjax.files import write_whole
+from bloomjax.guard import RollBack, Verdict
+from bloomjax.health import Health
 from bloomjax.journal import Journal
+from bloomjax.ledger import Ledger
 from bloomjax.metrics import MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
+from bloomjax.position import Position
 from bloomjax.schedules import BatchSchedule, CosineSchedule
-from bloomjax.train_step import Batch, TrainState
+from bloomjax.train_state import TrainState
+from bloomjax.train_step import Batch
 from bloomjax.vocabulary import Vocabulary
 
 
@@ -45,11 +50,12 @@ class Run:
         data: OpenTrainData,
         mesh: Mesh,
         checkpoints: Checkpoints,
+        health: Health,
         writer: Callable[[str, int], ScalarWriter] | None,
         config_text: str,
     ):
         self.model_dir = Path(model_dir)
-        self.step = 0
+        self.mesh = mesh
         self._num_steps = num_steps
         self._eval_every_steps = eval_every_steps
         self._batch_schedule = batch_schedule
@@ -57,179 +63,222 @@ class Run:
         self._model = model
         self._data = data
         self._checkpoints = checkpoints
+        self._health = health
         self._is_main = job.is_main()
         self._pending: dict[str, Any] | None = None  # record of the newest step
         self._make_writer = writer
         self._config_text = config_text
         self._writer: ScalarWriter | None = None
         self._flops_per_token = self._flops_per_token_of(data.sequence_length)
-        # The hash chain over the samples so far, and where it stood at the save before: (samples, value).
-        self._chain, self._chain_before = (0, 0), (0, 0)
         self._num_devices = mesh.devices.size
         self._device_kind = mesh.devices.flat[0].device_kind
-        self._clock = time.monotonic()
         self._origin = "starts"
         self._was_done = False
         self._progress: Progress | None = None  # on the main process, while there are steps to do
+        self._compiled: set[tuple[Any, ...]] = set()  # shapes of batches
+        self._is_save_called = False
+        self._verified_step = 0  # the newest after which all copies were equal
         if eval_every_steps < 1:
             raise BadInput(f"eval_every_steps must be at least 1, got {eval_every_steps}")
-        self._lock = lock_model_dir(model_dir) if self._is_main else None
+        self._stack = contextlib.ExitStack()
+        if self._is_main:
+            self._stack.enter_context(lock_model_dir(model_dir))
+        self._ledger = Ledger(self.model_dir, self._is_main)
         self._metrics = MetricsFile(self.model_dir, self._is_main)
         self._journal = Journal(self.model_dir, self._is_main)
+        self._restart_clocks()
 
     def __enter__(self) -> "Run":
+        health = self._health
+        if health.watchdog:
+            health.watchdog.start(self._journal)
+            self._stack.callback(health.watchdog.stop)
+        self._setup = self._stack.enter_context(contextlib.ExitStack())
+        self._setup.enter_context(health.setup("restore"))
+        try:
+            self.position = Position(self.model_dir, self._model, self._data, self._batch_schedule)
+            if health.fault:
+                health.fault.open(self._journal)
+        except BaseException as error:
+            self._ledger.close(None, type(error).__name__)
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         """Whatever ends the run, a checkpoint that is being written gets finished, and the folder is free again."""
         del kind, trace
-        if job.is_lost_peer(error):
+        reason = type(error).__name__ if error else self._health.stops.stopped_by or "done"
+        if error is not None and job.is_lost_peer(error):
+            self._journal.write_from_here("lost_peer", reason=job.one_line(error))
+            self._ledger.close(EXIT_RESTART, "lost_peer")
             return  # no save is finished without it, and the process ends at once
         try:
-            self._checkpoints.close()
+            with self._health.setup("save"):
+                self._checkpoints.close()
             if self._writer:
                 self._writer.close()
             if self._progress:
                 self._progress.close()
         finally:
-            if self._lock:
-                self._lock.close()
+            self._ledger.close(None, reason)
+            self._stack.close()
 
-    def _flops_per_token_of(self, sequence_length: int) -> flops.FlopCount:
-        c = self._model.config
-        return flops.flops_per_token(
-            vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers,
-            mlp_dim=c.mlp_width, sequence_length_tokens=sequence_length,
-        )  # fmt: skip
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return self.position.step
 
-    # What a checkpoint must agree with.
-    def _identity(self, num_samples: int) -> dict[str, Any]:
-        shape = dataclasses.asdict(self._model.config)
-        names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim")
-        return {
-            "model": {name: shape[name] for name in names},
-            "data": self._data.identity(num_samples),
-        }
-
-    def _check_position(self, position: dict[str, Any]) -> None:
-        for kind, mine in self._identity(position["samples"]).items():
-            theirs = position[kind]
-            names = mine | theirs
-            if is_imported(position):  # what it does not know it cannot contradict
-                names = [name for name in mine if theirs.get(name) is not None]
-            changed = [name for name in names if mine.get(name) != theirs.get(name)]
-            if changed:
-                was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
-                now = ", ".join(f"{n}={_brief(mine.get(n))}" for n in changed)
-                raise BadInput(
-                    f"MODEL_DIR {self.model_dir} holds a run with other {kind}: there {was}, here {now}; "
-                    "take another MODEL_DIR"
-                )
-        step, samples = position["step"], position["samples"]
-        if self._batch_schedule.samples_after(step) != samples:
-            raise BadInput(
-                f"MODEL_DIR {self.model_dir} had consumed {samples} samples after step {step}; this batch schedule "
-                f"says {self._batch_schedule.samples_after(step)}"
-            )
-        if "chain" in position:
-            self._check_chain(*map(tuple, position["chain"]))
-
-    def _check_chain(self, before: tuple[int, int], now: tuple[int, int]) -> None:
-        """Whether this program deals the samples since the save before as the one did that trained on them."""
-        (first, value), (samples, expected) = before, now
-        if self._data.mixture.chain(value, first, samples - first) != expected:
-            raise BadInput(
-                f"MODEL_DIR {self.model_dir} was trained on other samples between {first} and {samples} than this "
-                "program and configuration would take: their order has changed; use the version that began the run"
-            )
-        self._chain_before, self._chain = now, now
+    # ---- restore ----
 
     def restore(
         self, abstract: TrainState, from_params: Callable[[Any], TrainState]
     ) -> TrainState | None:
-        """The state to go on from; None to start anew. `from_params` makes one of imported parameters."""
-        self._checkpoints.open(self.model_dir / "checkpoints")
-        restored = self._checkpoints.restore(abstract, self._check_position, from_params)
+        """The state to go on from; None to start anew. `from_params` makes one of imported parameters.
+
+        Also after a roll back, when the checkpoints after it are put aside.
+        """
+        self._ledger.enter("restore")
+        if self._checkpoints.directory is None:
+            self._checkpoints.open(self.model_dir / "checkpoints")
+            if self._health.replicas:
+                self._health.replicas.prepare(abstract)
+        restored = self._checkpoints.restore(abstract, self.position.check, from_params)
         for problem in self._checkpoints.problems:
             self._journal.write("damaged_checkpoint", problem=problem)
-        state = None
-        if restored is not None:
-            state, position = restored
-            self.step = position["step"]
-            if is_imported(position):
-                self._origin = f"starts from {position['imported']['source']}"
-                self._chain = self._chain_before = (
-                    0,
-                    0,
-                )  # a damaged checkpoint may have been looked at
-                self._metrics.resume_after(-1)
-                return state
-        self._metrics.resume_after(self.step if state else -1)
+        self._checkpoints.problems.clear()
+        self._note_incidents()
+        self._pending = None
+        if restored is None:
+            self.position.reset()
+            self._restore_guard({})
+            self._metrics.resume_after(-1)
+            return None
+        state, position = restored
+        self._restore_guard(position)
+        if is_imported(position):
+            self._origin = f"starts from {position['imported']['source']}"
+            self._metrics.resume_after(-1)
+            return state
+        self._metrics.resume_after(self.step)
         last = job.on_main(self._metrics.last)
-        if state and (not last or last["step"] < self.step or self._lacks_evaluation(last)):
+        if not last or last["step"] < self.step or self._lacks_evaluation(last):
             # The process died between saving this step and writing its record.
             self._metrics.resume_after(self.step - 1)
             self._pending = position["record"]
-        self._was_done = state is not None and self.is_done()
+        self._was_done = self.is_done()
+        self._verified_step = self.step
         return state
 
-    def announce(self, state: TrainState, filled: list[str]) -> None:
+    def _restore_guard(self, position: dict[str, Any]) -> None:
+        if self._health.guard:
+            self._health.guard.restore(position.get("guard"))
+
+    def roll_back(self, back: RollBack) -> None:
+        """Deletes the samples of some steps, and puts aside the checkpoints that were trained on them."""
+        with self._ledger.during("restore"), self._health.setup("restore"):
+            self._checkpoints.wait()
+            self._checkpoints.put_aside_from(back.first_step)
+            samples = self.position.delete(back.first_step, back.step)
+        self._journal.write("rollback", step=back.step, first_step=back.first_step, samples=samples)
+        if self._writer:
+            self._writer.close()
+        if self._progress:
+            self._progress.close()
+        self._setup.enter_context(self._health.setup("restore"))
+
+    def announce(self, state: TrainState, filled: Sequence[str]) -> None:
         """The parameter table, what a step is, and from where the run goes on."""
         here = {
             "host": os.uname().nodename, "pid": os.getpid(), "devices": [d.id for d in jax.local_devices()]
         }  # fmt: skip
         processes = job.gather(here)
+        samples = self.position.samples
         self._journal.write(
-            "start", step=self.step, samples=self.samples, num_steps=self._num_steps, pid=here["pid"],
+            "start", step=self.step, samples=samples, num_steps=self._num_steps, pid=here["pid"],
             host=here["host"], device=self._device_kind, num_devices=self._num_devices,
             jax=jax.__version__, bloomjax=bloomjax.__version__, processes=processes,
         )  # fmt: skip
+        num_tokens = self._data.kept.tokens_after(
+            self._batch_schedule.samples_after(self._num_steps)
+        )
+        self._ledger.note_plan(num_steps=self._num_steps, step=self.step, num_tokens=num_tokens)
         if self._is_main:
             if self._config_text.strip():  # empty when no gin file was read
                 write_whole(self.model_dir / "config.gin", self._config_text.encode())
             if self._make_writer:
                 self._writer = self._make_writer(str(self.model_dir), self.step + 1)
                 self._writer.write_texts(self.step, {"config": self._config_text})
+        self._setup.close()
+        self._restart_clocks()
         if self.is_done() or not self._is_main:
             return
-        batch_size = self._batch_schedule.batch_size(self.step + 1)
         if self.step == 0:
-            print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-        print(
-            f"{self._num_devices} x {self._device_kind}{_spread(len(processes))}; batch {batch_size} samples = "
-            f"{batch_size * self._data.sequence_length_of(self.samples):,} tokens a step; "
-            f"{self._flops_per_token.causal:,.0f} "
-            f"FLOPs a token (causal), {self._flops_per_token.megatron_model:,.0f} (Megatron), "
-            f"{self._flops_per_token.six_n:,.0f} (6N)"
-        )
+            screen.print_parameters(state.params)
+        screen.print_step_size(
+            self._num_devices, self._device_kind, len(processes), self._batch_schedule.batch_size(self.step + 1),
+            self._length_at(samples), self._flops_per_token,
+        )  # fmt: skip
         for line in filled:
             print(line)
         start = f"goes on after step {self.step}" if self.step else self._origin
         print(f"{self.model_dir}: {start}, {self._num_steps} steps in all", flush=True)
         self._progress = Progress(self.step, self._num_steps)
 
-    @property
-    def samples(self) -> int:
-        return self._batch_schedule.samples_after(self.step)
+    # ---- steps ----
 
-    def finish_step(self, metrics: dict[str, jax.Array]) -> None:
-        """Counts the step just dispatched and writes the record of the one before."""
+    def begin_step(self, batch: Batch) -> Batch:
+        """Before the next step is dispatched: faults on purpose."""
+        fault = self._health.fault
+        if fault is None:
+            return batch
+        fault.before_step(self.step + 1)
+        return fault.on_batch(batch, self._data.samples_of(self.step + 1, self._batch_schedule))
+
+    @contextlib.contextmanager
+    def dispatching(self, batch: Batch) -> Iterator[None]:
+        """Around the dispatch of a step, which compiles a program for the first batch of each shape."""
+        shape = batch["tokens"].shape
+        is_new = shape not in self._compiled
+        self._ledger.enter("compile" if is_new else "step")
+        with self._health.setup("compile") if is_new else contextlib.nullcontext():
+            yield
+        self._compiled.add(shape)
+        self._ledger.enter("step")
+
+    def next_learning_rate(self) -> np.float32:
+        """Of the step to come: that of the samples consumed before it."""
+        return np.float32(self._learning_rate(self.position.samples))
+
+    def next_limits(self) -> np.ndarray | None:
+        """Of loss and gradient norm of the step to come; None without a guard."""
+        return self._health.guard.limits(self.step + 1) if self._health.guard else None
+
+    def finish_step(self, state: TrainState, metrics: dict[str, jax.Array]) -> TrainState:
+        """Counts the step just dispatched, whose state is returned, and writes the record of the one before.
+
+        Raises RollBack, BadInput or Restart for what was wrong with a step.
+        """
+        if self._health.stragglers:
+            self._health.stragglers.host_step(time.monotonic() - self._host_clock)
         self._flush()
-        self.step += 1
-        first, value = self._chain
-        value = self._data.mixture.chain(value, first, self.samples - first)
-        self._chain = self.samples, value
-        self._pending = self._record() | {
-            "batch_size": self._batch_schedule.batch_size(self.step),
-            **metrics,
-        }
+        self._host_clock = time.monotonic()
+        self.position.advance()
+        size = self._batch_schedule.batch_size(self.step)
+        self._pending = self._record() | {"batch_size": size, **metrics}
+        if self._health.fault:
+            state = self._health.fault.on_state(self.step, state)
+        if self._health.replicas and self._health.replicas.is_due(self.step):
+            self._check_replicas(state)
+        self._note_stragglers()
+        return state
 
     def _record(self) -> dict[str, Any]:
-        samples = self.samples
+        samples = self.position.samples
         return {
             "step": self.step,
             "samples": samples,
-            "tokens": self._data.mixture.tokens_after(samples),
+            "tokens": self._data.kept.tokens_after(samples),
             "learning_rate": self._learning_rate(samples),
         }
 
@@ -238,12 +287,15 @@ class Run:
         record = self._pending
         if record is None or "seconds" in record or "loss" not in record:
             return
-        record["loss"], record["grad_norm"] = float(record["loss"]), float(record["grad_norm"])
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            self._give_up(record)
+        loss, grad_norm = float(record["loss"]), float(record["grad_norm"])
+        is_taken = bool(record.pop("is_taken", True))
+        self._health.beat(record["step"])
+        self._ledger.finished_step(record["step"])
+        record |= {"loss": loss, "grad_norm": grad_norm}
+        self._judge(record, is_taken)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        length = self._data.sequence_length_of(record["samples"] - 1)
+        length = self._length_at(record["samples"] - 1)
         rate = record["batch_size"] * length / seconds
         peak = flops.peak_flops_per_second(self._device_kind)
         flops_per_token = self._flops_per_token_of(length).causal
@@ -254,19 +306,7 @@ class Run:
             "seconds": round(seconds, 4),
         }
         if self._progress:
-            self._progress.update(record["step"], record["loss"], rate)
-
-    def _give_up(self, record: dict[str, Any]) -> None:
-        """Before anything of this step is saved: a few NaN checkpoints would push out the last good one."""
-        self._pending = None
-        first = record["samples"] - record["batch_size"]
-        fields = {"loss": str(record["loss"]), "grad_norm": str(record["grad_norm"])}
-        samples = [first, record["samples"]]
-        self._journal.write("not_finite", step=record["step"], samples=samples, **fields)
-        raise BadInput(
-            f"step {record['step']} (samples {first} to {record['samples'] - 1}) has loss {record['loss']} and "
-            f"gradient norm {record['grad_norm']}; stopped, nothing of it is saved in {self.model_dir}"
-        )
+            self._progress.update(record["step"], loss, rate)
 
     def _flush(self) -> None:
         self._complete()
@@ -282,36 +322,139 @@ class Run:
                 scalars |= {f"{key}/{name}": x for name, x in record.get(key, {}).items()}
             self._writer.write_scalars(record["step"], scalars)
             if "bits_per_byte_by_language" in record:
-                shares = language_report.declared_shares(self._data.mixture, record["samples"])
+                shares = language_report.declared_shares(self._data.kept, record["samples"])
                 table = language_report.markdown_table(record, shares)
                 self._writer.write_texts(record["step"], {"languages": table})
 
+    # ---- what went wrong ----
+
+    def _judge(self, record: dict[str, Any], is_taken: bool) -> None:
+        """Whether the step of this record is as it should be; before anything of it is saved."""
+        step, loss, grad_norm = record["step"], record["loss"], record["grad_norm"]
+        guard = self._health.guard
+        if guard:
+            verdict = guard.judge(step, loss, grad_norm, is_taken)
+            if guard.num_refused:
+                record["refused_steps"] = guard.num_refused
+        else:
+            is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+            verdict = None if is_finite else Verdict("not_finite", "stop", 1)
+        if verdict is None:
+            return
+        numbers = {
+            name: x if math.isfinite(x) else str(x)
+            for name, x in (("loss", loss), ("grad_norm", grad_norm))
+        }
+        first, num = record["samples"] - record["batch_size"], record["batch_size"]
+        self._journal.write(
+            verdict.cause, step=step, action=verdict.action, in_a_row=verdict.in_a_row,
+            samples=[[s, s + n] for s, n in self._data.kept.skips.runs(first, num)],
+            languages=self._data.kept.sources(first, num), **numbers,
+            limits=[float(x) for x in guard.limits(step)] if guard else None,
+        )  # fmt: skip
+        # JSON has no NaN, and a record that is not finite would be the last line of every plot.
+        record |= {name: None for name in ("loss", "grad_norm") if not math.isfinite(record[name])}
+        before = self._checkpoints.last_before(step)
+        if before is not None:  # of process 0, which writes it down
+            self._checkpoints.pin(before, f"{verdict.cause} at step {step}")
+        samples = self._data.kept.samples(first, num)
+        what = f"step {step} (samples {samples[0]} to {samples[-1]}) has loss {loss} and gradient norm {grad_norm}"
+        if verdict.action == "skip":
+            self._warn(f"{what}; it was not taken (journal.jsonl)")
+            return
+        self._pending = None
+        if guard and verdict.action == "rollback":
+            first_step = max(1, step - guard.rollback_steps + 1)
+            self._warn(f"{what}; going back to before step {first_step}, without these samples")
+            raise RollBack(first_step, step)
+        again = f", {verdict.in_a_row} refused in a row" if verdict.in_a_row > 1 else ""
+        raise BadInput(f"{what}{again}; stopped, nothing of it is saved in {self.model_dir}")
+
+    def _check_replicas(self, state: TrainState) -> None:
+        """Restart if copies differ: nothing of them may be saved, and the last checkpoint was made when none did."""
+        replicas = self._health.replicas
+        if replicas is None or self._verified_step == self.step:
+            return
+        found = replicas.differences(state)
+        if not found:
+            self._verified_step = self.step
+            return
+        self._journal.write(
+            "drift", step=self.step, verified_step=self._verified_step, differences=found
+        )
+        first = found[0]
+        raise Restart(
+            f"after step {self.step} device {first['device']} of {first['host']} holds another {first['leaf']} than "
+            f"its copies ({len(found)} such); nothing of it is saved, a restart goes back to the last checkpoint"
+        )
+
+    def _note_stragglers(self) -> None:
+        report = self._health.stragglers.report(self.step) if self._health.stragglers else None
+        if report is None or self._pending is None:
+            return
+        host, seconds = max(report["host_seconds"].items(), key=lambda item: item[1])
+        self._pending |= {"slowest_host": host, "slowest_host_seconds": seconds}
+        if report["slow"]:
+            self._journal.write("straggler", step=report["step"], slow=report["slow"])
+
+    def _note_incidents(self) -> None:
+        incidents = self._checkpoints.incidents
+        while incidents:
+            self._journal.write(**incidents.pop(0))
+
+    def _warn(self, line: str) -> None:
+        if self._is_main:
+            print(f"bloomjax: {line}", file=sys.stderr, flush=True)
+
+    # ---- save, evaluate, end ----
+
+    def is_stop_due(self) -> bool:
+        """Whether all processes stop after this step; asked once after every step."""
+        return self._health.stops.is_stop_due(self.step)
+
+    def is_save_due(self) -> bool:
+        """By steps, by minutes, at the end, and again after one that failed; the same on all processes."""
+        minutes = self._checkpoints.save_every_minutes
+        is_late = minutes is not None and time.monotonic() - self._save_clock >= 60 * minutes
+        wants = (is_late and self._is_main) or self._checkpoints.wants_retry()
+        if job.is_shared():
+            if wants and not self._is_save_called:
+                self._is_save_called = True
+                job.request_save()
+            wants = job.is_save_requested(self.step)
+        return wants or self.is_done() or self._checkpoints.is_due(self.step)
+
     def save(self, state: TrainState) -> None:
+        """Begins to save the state after this step, unless it is saved."""
         if self.step == 0:
             return
         self._complete()
+        if self._health.replicas and self._verified_step < self.step:
+            self._check_replicas(state)
         started = time.monotonic()
-        chain = [self._chain_before, self._chain]
-        position = {"samples": self.samples, "record": self._pending, "chain": chain}
-        if not self._checkpoints.save(self.step, state, position | self._identity(self.samples)):
-            return
-        self._chain_before = self._chain
-        if self._writer:
-            self._writer.flush()
-        self._journal.write(
-            "save", step=self.step, samples=self.samples, stall_seconds=round(time.monotonic() - started, 3)
-        )  # fmt: skip
-        self._clock += time.monotonic() - started
+        position = {"record": self._pending, **self.position.fields()}
+        if self._health.guard:
+            position["guard"] = self._health.guard.state()
+        with self._ledger.during("save"), self._health.setup("save"):
+            if self._health.fault:
+                self._health.fault.full_disk(self.step)
+            is_begun = self._checkpoints.save(self.step, state, position)
+        self._note_incidents()
+        self._save_clock, self._is_save_called = time.monotonic(), False
+        if is_begun:
+            self.position.saved()
+            if self._writer:
+                self._writer.flush()
+            stall = round(time.monotonic() - started, 3)
+            self._journal.write(
+                "save", step=self.step, samples=self.position.samples, stall_seconds=stall
+            )
+            if self._health.fault:
+                self._health.fault.in_save(self.step)
+        self._skip_clocks(started)
 
     def is_done(self) -> bool:
         return self.step >= self._num_steps
-
-    def next_learning_rate(self) -> np.float32:
-        """Of the step to come: that of the samples consumed before it."""
-        return np.float32(self._learning_rate(self.samples))
-
-    def is_save_due(self) -> bool:
-        return self.is_done() or self._checkpoints.is_due(self.step)
 
     def is_evaluation_due(self) -> bool:
         """At step 0, at every interval and at the end, unless its result was already written before a restart."""
@@ -330,45 +473,88 @@ class Run:
         self._complete()
         record = self._pending or self._record()
         started = time.monotonic()
-        record |= held_out_losses(eval_step, params, batches)
+        with self._ledger.during("evaluate"):
+            record |= held_out_losses(self._watched(eval_step), params, batches)
         record |= language_report.at_evaluation(
-            record["loss_by_language"], self._data.mixture, self._data.sources, record["samples"]
+            record["loss_by_language"], self._data.kept, self._data.sources, record["samples"]
         )
-        self._clock += time.monotonic() - started
+        self._skip_clocks(started)
         self._pending = record
 
-    def stop(self, signal_name: str) -> int:
-        """After the save: leaves the files whole and says how to go on."""
-        self._flush()
-        self._checkpoints.wait()
-        self._journal.write("stop", step=self.step, samples=self.samples, signal=signal_name)
+    def _watched(self, eval_step: Callable[..., Any]) -> Callable[..., np.ndarray]:
+        """With a sign of life after each batch: BLOOM's evaluations hung for 18, 11 and 6 hours."""
+
+        def watched(params, batch):
+            is_new = ("evaluate", *batch["tokens"].shape) not in self._compiled
+            with self._health.setup("compile") if is_new else contextlib.nullcontext():
+                losses = np.asarray(eval_step(params, batch))
+            self._compiled.add(("evaluate", *batch["tokens"].shape))
+            self._health.beat()
+            return losses
+
+        return watched
+
+    def stop(self, state: TrainState) -> int:
+        """After the save: leaves the files whole and says how to go on. The exit code."""
+        self._end(state)
+        stops = self._health.stops
+        reason = stops.stopped_by
+        self._journal.write("stop", step=self.step, samples=self.position.samples, signal=reason)
         if self._is_main:
             saved = "saved" if self.step else "nothing to save yet"
-            print(
-                f"stopped by {signal_name} after step {self.step}, {saved}; the same command goes on"
-            )
-        return EXIT_RESTART
+            then = "the same command goes on"
+            if stops.exit_code == 0:
+                then = f"without {stops.kill_switch} {then}"
+            print(f"stopped by {reason} after step {self.step}, {saved}; {then}")
+        return stops.exit_code
 
     def finish(self, state: TrainState, vocabulary: Vocabulary, prompts: Sequence[str]) -> None:
         """Loss by language before and after, a sample of text, where the checkpoint is."""
-        self._flush()
-        self._checkpoints.wait()
-        self._journal.write("done", step=self.step, samples=self.samples)
+        self._end(state)
+        self._journal.write("done", step=self.step, samples=self.position.samples)
         length = self._data.sequence_length
-        samples = sample_texts(self._model, state.params, vocabulary, prompts, length)
+        samples = screen.sample_texts(self._model, state.params, vocabulary, prompts, length)
         if not self._is_main:
             return
-        print_losses(self._metrics)
-        if samples:
-            print("samples (temperature 0.8, top-p 0.9):")
-        for prompt, text in zip(prompts, samples, strict=True):
-            print(f"  {prompt}|{' '.join(text.split())}")
-        print(f"checkpoint: {self.model_dir / 'checkpoints' / str(self.step)}")
+        screen.print_losses(self._metrics)
+        screen.print_samples(prompts, samples)
+        print(f"checkpoint: {self._checkpoints.directory}/{self.step}")
         if self._was_done:
             print(
                 f"all {self.step} steps are done; to go further raise TRAIN_STEPS, for example "
                 f"--gin.TRAIN_STEPS={2 * self.step}"
             )
+
+    def _end(self, state: TrainState) -> None:
+        self._flush()
+        self._ledger.enter("finish")
+        self._setup.enter_context(self._health.setup("save"))
+        try:
+            self._checkpoints.wait(save_again=lambda: self.save(state))
+        finally:
+            self._note_incidents()
+
+    # ---- clocks and counts ----
+
+    def _restart_clocks(self) -> None:
+        self._clock = self._host_clock = self._save_clock = time.monotonic()
+
+    def _skip_clocks(self, started: float) -> None:
+        """What was done since `started` is no part of a step."""
+        gone = time.monotonic() - started
+        self._clock += gone
+        self._host_clock += gone
+
+    def _length_at(self, position: int) -> int:
+        """Tokens of the sample at this position."""
+        return self._data.sequence_length_of(int(self._data.kept.samples(position, 1)[0]))
+
+    def _flops_per_token_of(self, sequence_length: int) -> flops.FlopCount:
+        c = self._model.config
+        return flops.flops_per_token(
+            vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers,
+            mlp_dim=c.mlp_width, sequence_length_tokens=sequence_length,
+        )  # fmt: skip
 
 
 def held_out_losses(
@@ -384,58 +570,3 @@ def held_out_losses(
         "loss_by_language": {name: float(np.mean(x)) for name, x in sorted(losses.items())},
         "validation_loss": float(np.mean([x for part in losses.values() for x in part])),
     }
-
-
-def print_losses(metrics: MetricsFile) -> None:
-    """Held-out loss by language, first and last, in columns."""
-    found = metrics.first_and_last_with("loss_by_language")
-    if not found:
-        return
-    first, last = found
-    before, after = first["loss_by_language"], last["loss_by_language"]
-    print(f"held-out loss in nats a token, step {first['step']} -> step {last['step']}:")
-    cells = [
-        f"{name:<16}{before.get(name, float('nan')):6.2f} -> {after[name]:5.2f}" for name in after
-    ]
-    print_columns(cells)
-    then, now = first["validation_loss"], last["validation_loss"]
-    print(f"all languages: {then:.3f} -> {now:.3f} ({1 - now / then:.0%} lower)")
-    bits = [record.get("validation_bits_per_byte") for record in found]
-    if None not in bits:  # records of earlier versions have none
-        print(f"bits per byte, mean over languages: {bits[0]:.3f} -> {bits[1]:.3f}")
-
-
-def print_columns(cells: Sequence[str]) -> None:
-    """Three columns, read downwards."""
-    rows = -(-len(cells) // 3)
-    for row in range(rows):
-        print("   ".join(cells[row::rows]))
-
-
-def sample_texts(
-    model: Bloom, params: Any, vocabulary: Vocabulary, prompts: Sequence[str], max_length: int
-) -> list[str]:
-    """A continuation of each prompt; every host takes part, the parameters may be spread over all."""
-    if not prompts:
-        return []
-    encoded = [vocabulary.encode(prompt) for prompt in prompts]
-    num_new = max(1, max_length - max(map(len, encoded)))
-    texts = decoding.generate(
-        model,
-        params,
-        encoded,
-        max_new_tokens=num_new,
-        eos_id=vocabulary.eos_id,
-        temperature=0.8,
-        top_p=0.9,
-    )
-    return [vocabulary.decode(text) for text in texts]
-
-
-def _spread(num_processes: int) -> str:
-    return f" in {num_processes} processes" if num_processes > 1 else ""
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

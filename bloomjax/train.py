@@ -1,7 +1,9 @@
 """The run from first line to last: `python -m bloomjax.train --gin_file=tiny.gin`."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +14,8 @@ from bloomjax.checkpoints import Checkpoints
 from bloomjax.data import EvalData, TrainData, check_filled_shares
 from bloomjax.distributed import Cluster
 from bloomjax.errors import BadInput
-from bloomjax.health import StopSignals
+from bloomjax.guard import RollBack
+from bloomjax.health import Health
 from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
 from bloomjax.preflight import (
@@ -25,13 +28,9 @@ from bloomjax.preflight import (
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
 from bloomjax.startup import claim_gpu_memory, keep_freed_memory, use_compilation_cache
-from bloomjax.train_step import (
-    Batch,
-    StepOptions,
-    TrainState,
-    abstract_state,
-    jit_programs,
-)
+from bloomjax.train_state import TrainState, abstract_state
+from bloomjax.train_step import Batch, StepOptions, jit_programs
+from bloomjax.vocabulary import Vocabulary
 
 
 def train(
@@ -51,6 +50,7 @@ def train(
     eval_every_steps: int,
     train_steps: int | None = None,
     train_samples: int | None = None,
+    health: Health | None = None,
     cluster: Cluster | None = None,
     needs_checkpoint: bool = False,
     prepare: Callable[..., Any] | None = None,
@@ -68,6 +68,7 @@ def train(
       step: microbatches and the like.
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
+      health: what watches over the run.
       cluster: joins the processes of the job, if there are several; None in a process that is alone.
       needs_checkpoint: refuse to start anew; of an imported model.
       prepare: if bound, a missing store is made, by `python -m bloomjax.prepare` with the same flags.
@@ -78,10 +79,12 @@ def train(
       reuse_host_memory: keep freed memory in the process; for training on a CPU, see `keep_freed_memory`.
 
     Returns:
-      Exit code: 0 when all is trained, 75 when a signal stopped the run after saving, that of `prepare` if it failed.
+      Exit code: 0 when all is trained or the kill switch was found, 75 when something else stopped the run after
+      saving, that of `prepare` if it failed.
 
     Raises:
       BadInput: anything given does not fit together; nothing was overwritten.
+      Restart: the state in memory is no good, or cannot be saved; the last checkpoint is.
     """
     # ---- processes, mesh ----
     claim_gpu_memory()
@@ -108,36 +111,64 @@ def train(
     # ---- abstract state, shardings, programs ----
     abstract = abstract_state(model, optimizer, device_mesh)
     programs = jit_programs(model, optimizer, step, device_mesh, abstract)
-    init, from_params, train_step, eval_step = programs
 
     # ---- restore, loop ----
-    with Run(
+    health = health or Health()
+    if health.stops.open(Path(model_dir)):
+        print(f"nothing is done while the kill switch {health.stops.kill_switch} is there")
+        return 0
+    with health.stops, Run(
         model_dir=model_dir, num_steps=num_steps, eval_every_steps=eval_every_steps, model=model,
         batch_schedule=batch_schedule, learning_rate=learning_rate, data=data, mesh=device_mesh,
-        checkpoints=checkpoints, writer=writer, config_text=config.operative_config(),
+        checkpoints=checkpoints, health=health, writer=writer, config_text=config.operative_config(),
     ) as run:  # fmt: skip
-        state = run.restore(abstract, from_params)
-        if state is None and needs_checkpoint:
-            raise BadInput(
-                f"{model_dir} has no checkpoint to go on from; was it moved? set --gin.MODEL_DIR"
-            )
-        if state is None:
-            state = init(seed)
-        run.announce(state, filled)
-        keep_vocabulary(vocabulary, run.model_dir)
-        batches = data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, num_rows)
-        key = jax.random.key(seed + 1)
-        with jax.set_mesh(device_mesh), StopSignals() as signals:
-            state = loop(run, signals, state, train_step, eval_step, batches, eval_batches, key)
-        if signals.stopped_by and run.step < num_steps:
-            return run.stop(signals.stopped_by)
+        state = None
+        while state is None:
+            state = attempt(
+                run, abstract, programs, seed, needs_checkpoint,
+                lambda: data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, num_rows),
+                eval_batches, vocabulary, filled,
+            )  # fmt: skip
+        if health.stops.stopped_by and not run.is_done():
+            return run.stop(state)
         run.finish(state, vocabulary, sample_prompts)
     return 0
 
 
+def attempt(
+    run: Run,
+    abstract: TrainState,
+    programs: Sequence[Callable[..., Any]],
+    seed: int,
+    needs_checkpoint: bool,
+    batches_from_here: Callable[[], Generator[tuple[int, Batch], None, None]],
+    eval_batches: Sequence[tuple[list[str], Batch]],
+    vocabulary: Vocabulary,
+    filled: Sequence[str],
+) -> TrainState | None:
+    """Restores and steps; None after a roll back, when there is an earlier state to go on from."""
+    init, from_params, train_step, eval_step = programs
+    state = run.restore(abstract, from_params)
+    if state is None and needs_checkpoint:
+        raise BadInput(
+            f"{run.model_dir} has no checkpoint to go on from; was it moved? set --gin.MODEL_DIR"
+        )
+    if state is None:
+        state = init(seed)
+    run.announce(state, filled)
+    keep_vocabulary(vocabulary, run.model_dir)
+    batches = batches_from_here()
+    key = jax.random.key(seed + 1)
+    try:
+        with jax.set_mesh(run.mesh), contextlib.closing(batches):
+            return loop(run, state, train_step, eval_step, batches, eval_batches, key)
+    except RollBack as back:
+        run.roll_back(back)
+        return None
+
+
 def loop(
     run: Run,
-    signals: StopSignals,
     state: TrainState,
     train_step: Callable[..., Any],
     eval_step: Callable[..., Any],
@@ -145,12 +176,12 @@ def loop(
     eval_batches: Sequence[tuple[list[str], Batch]],
     dropout_key: jax.Array,
 ) -> TrainState:
-    """Steps until all are done or a signal came; the last state is saved."""
+    """Steps until all are done or the run has to stop; the last state is saved."""
     while True:
         # Stop before all else: a job that was told to end has little time. Save before evaluating:
         # BLOOM lost 30 hours to evaluations that hung before the save.
-        is_stopping = signals.is_stop_due(run.step)
-        if is_stopping or run.is_save_due():
+        is_stopping = run.is_stop_due()
+        if run.is_save_due() or is_stopping:
             run.save(state)
         if is_stopping:
             return state
@@ -159,8 +190,11 @@ def loop(
         if run.is_done():
             return state
         _, batch = next(batches)
-        state, metrics = train_step(state, batch, run.next_learning_rate(), dropout_key)
-        run.finish_step(metrics)
+        batch = run.begin_step(batch)
+        rate, limits = run.next_learning_rate(), run.next_limits()
+        with run.dispatching(batch):
+            state, metrics = train_step(state, batch, rate, dropout_key, limits)
+        state = run.finish_step(state, metrics)
 
 
 if __name__ == "__main__":

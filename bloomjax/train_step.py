@@ -8,8 +8,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,18 +17,11 @@ from bloomjax import partitioning
 from bloomjax.errors import BadInput
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
+from bloomjax.optimizer import SkippingTransformation
+from bloomjax.train_state import TrainState, init_state, state_of
 
 # tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh.
 Batch = dict[str, Any]
-
-
-@flax.struct.dataclass
-class TrainState:
-    """step: int32, finished steps. params: float32 master weights. opt_state: optax's, sharded like params."""
-
-    step: Any
-    params: Any
-    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,59 +59,6 @@ class StepOptions:
         return -(-rows_of_a_shard // (self.microbatch_size_samples or rows_of_a_shard))
 
 
-def init_state(model: Bloom, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before step 1. Run it under jit with the shardings of `abstract_state`, so that no device holds all of
-    it, and outside `jax.set_mesh`: one token cannot be split over a mesh. Values do not depend on the mesh.
-    """
-    tokens_BL = jnp.zeros((1, 1), jnp.int32)
-    params = nn.unbox(model.init(jax.random.key(seed), tokens_BL))["params"]
-    return state_of(optimizer, params)
-
-
-def state_of(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The state before step 1 with these parameters."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def abstract_params(model: Bloom, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of the parameters; called outside `jax.set_mesh`.
-
-    A parameter without logical axes, or with one that has no rule, is an error: nothing is replicated by accident.
-    """
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-
-    def with_sharding(path, shape, names):
-        if len(names) != len(shape.shape):
-            raise BadInput(
-                f"parameter {jax.tree_util.keystr(path)} of shape {shape.shape} has logical axes {tuple(names)}; "
-                "each dimension needs one (flax.linen.with_logical_partitioning)"
-            )
-        sharding = NamedSharding(mesh, partitioning.parameter_spec(names))
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    names = nn.get_partition_spec(boxed)
-    return jax.tree_util.tree_map_with_path(with_sharding, nn.unbox(boxed), names)
-
-
-def abstract_state(model: Bloom, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state; the optimizer's are those of the parameters it follows."""
-    params = abstract_params(model, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def with_sharding(shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda moment, param: with_sharding(moment, param.sharding),
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda count: with_sharding(count, replicated),
-    )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(step, params, opt_state)
-
-
 def abstract_batch(num_rows: int, sequence_length: int, mesh: Mesh) -> Batch:
     """Shapes and shardings of a batch."""
     rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
@@ -152,11 +90,12 @@ def row_losses(
 
 def make_train_step(
     model: Bloom, optimizer: optax.GradientTransformation, options: StepOptions, mesh: Mesh
-) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """train_step(state, batch, learning_rate, dropout_key) -> (new state, {"loss", "grad_norm"}).
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """train_step(state, batch, learning_rate, dropout_key, limits=None) -> (new state, {"loss", "grad_norm"}).
 
     The loss is the mean over tokens of rows of weight 1; filling rows and microbatches leave it and the gradient as
-    they are. `grad_norm` is the global L2 norm before clipping.
+    they are. `grad_norm` is the global L2 norm before clipping. With `limits` (float32 [2], of loss and norm, finite) a
+    step that is not within them leaves parameters and optimizer as they were, and "is_taken" says which it was.
     """
     config = model.config
     has_dropout = config.hidden_dropout_rate > 0 or config.attention_dropout_rate > 0
@@ -168,7 +107,7 @@ def make_train_step(
         loss_fn = lambda p: row_losses(model, options, p, batch, weights_BL, key)[0]  # noqa: E731
         return jax.value_and_grad(loss_fn)(params)
 
-    def train_step(state, batch, learning_rate, dropout_key):
+    def train_step(state, batch, learning_rate, dropout_key, limits=None):
         num_rows, length = batch["tokens"].shape
         token_weight = 1.0 / (jnp.sum(batch["weights"]) * (length - 1))
         key = jax.random.fold_in(dropout_key, state.step) if has_dropout else None
@@ -180,9 +119,19 @@ def make_train_step(
         else:
             loss, grads = accumulate(state.params, batch, token_weight, key, num_microbatches)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            extra = {}
+            if limits is not None:
+                is_taken = (loss <= limits[0]) & (metrics["grad_norm"] <= limits[1])  # a NaN is not
+                metrics["is_taken"] = is_taken
+                keep = functools.partial(jax.tree.map, functools.partial(jnp.where, is_taken))
+                if isinstance(optimizer, SkippingTransformation):
+                    extra["is_taken"] = is_taken
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
             params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            if limits is not None:
+                params = keep(params, state.params)
+                opt_state = opt_state if extra else keep(opt_state, state.opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def accumulate(params, batch, token_weight, key, num_microbatches):

@@ -10,9 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import tree
 
+from bloomjax import checkpoints as checkpoints_module
 from bloomjax.checkpoints import Checkpoints, fingerprints
 from bloomjax.errors import BadInput
-from bloomjax.train_step import TrainState
+from bloomjax.train_state import TrainState
 
 POSITION = {"samples": 80, "model": {"num_layers": 2}, "record": {"loss": 0.1 + 0.2}}
 SPECS = TrainState(
@@ -282,38 +283,153 @@ def two_steps(tmp_path_factory):
     return folder, states, mesh
 
 
-def test_a_flipped_bit_anywhere_is_found_or_harmless(two_steps, tmp_path, caplog):
+def flip_uniformly(folder, number, rng):
+    """A bit of a file below `folder`: by turns of any file alike, and of any byte alike. Its name."""
+    files = data_files(folder)
+    sizes = np.array([path.stat().st_size for path in files], float)
+    chosen = rng.choice(len(files), p=None if number % 2 else sizes / sizes.sum())
+    flip_bit(files[chosen], rng)
+    return str(files[chosen].relative_to(folder))
+
+
+def check_flips(original, states, mesh, tmp_path, num_flips, seed=0):
+    """Each is found, the file named, the checkpoint before restored, and nothing of the damaged one is lost."""
+    rng = np.random.default_rng(seed)
+    named = set()
+    for number in range(num_flips):
+        folder = tmp_path / "copy"
+        shutil.copytree(original, folder)
+        name = flip_uniformly(folder / "20", number, rng)
+        before = tree(folder / "20")
+        checkpoints = opened(folder)
+        got, position = checkpoints.restore(abstract(states[20], mesh), accept)
+        checkpoints.close()
+        (problem,) = checkpoints.problems
+        assert f"{folder}/20 is damaged: " in problem and name in problem, (name, problem)
+        assert position["step"] == 10 and position["samples"] == 80
+        assert_equal(got, states[10])
+        assert not (folder / "20").exists() and tree(folder / "damaged-20") == before
+        if number == 0:  # the run goes on: the step can be saved again, and a restore finds it
+            saved(folder, {20: states[20]})
+            assert restored(folder, states[20], mesh)[1]["step"] == 20
+        named.add(name)
+        shutil.rmtree(folder)
+    return named
+
+
+def test_a_flipped_bit_anywhere_is_found(two_steps, tmp_path, caplog):
+    original, states, mesh = two_steps
+    caplog.set_level(logging.CRITICAL)
+    assert len(check_flips(original, states, mesh, tmp_path, 20)) > 8
+
+
+@pytest.mark.slow
+def test_200_flipped_bits_are_found(two_steps, tmp_path, caplog):
+    original, states, mesh = two_steps
+    caplog.set_level(logging.CRITICAL)
+    named = check_flips(original, states, mesh, tmp_path, 200, seed=1)
+    assert len(named) == len(data_files(original / "20")) > 10
+
+
+def test_every_file_counts(two_steps, tmp_path, caplog):
+    original, states, mesh = two_steps
+    caplog.set_level(logging.CRITICAL)
+    rng = np.random.default_rng(0)
+    for path in data_files(original / "20"):
+        folder = tmp_path / "copy"
+        shutil.copytree(original, folder)
+        flip_bit(folder / path.relative_to(original), rng)
+        checkpoints = opened(folder)
+        assert checkpoints.restore(abstract(states[20], mesh), accept)[1]["step"] == 10
+        checkpoints.close()
+        assert str(path.relative_to(original / "20")) in checkpoints.problems[0]
+        shutil.rmtree(folder)
+
+
+def without_manifest(folder, step):
+    """As versions before the manifest have written it."""
+    (folder / str(step) / "manifest.json").unlink()
+    path = folder / str(step) / "position" / "metadata"
+    position = json.loads(path.read_text())
+    del position["checksum"], position["has_manifest"]
+    position["checksum"] = checkpoints_module._checksum(position)
+    path.write_text(json.dumps(position))
+
+
+def test_without_a_manifest_the_arrays_are_still_verified(two_steps, tmp_path, caplog):
     original, states, mesh = two_steps
     caplog.set_level(logging.CRITICAL)
     rng = np.random.default_rng(0)
     files = [path.relative_to(original) for path in data_files(original / "20")]
+    files = [path for path in files if len(path.parts) > 2]
     num_found = {"state": 0, "position": 0}
     for number in range(3 * len(files)):
         folder = tmp_path / str(number)
         shutil.copytree(original, folder)
+        without_manifest(folder, 20)
+        if number == 0:
+            assert restored(folder, states[20], mesh)[1]["step"] == 20
         path = files[number % len(files)]
         at = flip_bit(folder / path, rng)
-        before = tree(folder / "20")
         got, position = restored(folder, states[20], mesh)
         step = position["step"]
         assert_equal(got, states[step]), (path, at)
-        assert position["samples"] == 8 * step and position["record"] == POSITION["record"], (
-            path,
-            at,
-        )
+        assert position["samples"] == 8 * step and position["record"] == POSITION["record"]
         if step == 20:
             assert not (folder / "damaged-20").exists()
         else:
-            assert step == 10, (path, at)
-            assert not (folder / "20").exists()
-            assert tree(folder / "damaged-20") == before  # nothing of it is lost
+            assert step == 10 and (folder / "damaged-20").is_dir(), (path, at)
             num_found[path.parts[1]] += 1
-        # The run goes on: the step can be saved again, and a restore finds it.
-        if number % 10 == 0:
-            saved(folder, {20: states[20]})
-            assert restored(folder, states[20], mesh)[1]["step"] == 20
         shutil.rmtree(folder)
     assert num_found["state"] > 4 and num_found["position"] > 0, num_found
+
+
+def test_a_manifest_is_missed(two_steps, tmp_path):
+    original, states, mesh = two_steps
+    folder = tmp_path / "copy"
+    shutil.copytree(original, folder)
+    (folder / "20" / "manifest.json").unlink()
+    checkpoints = opened(folder)
+    assert checkpoints.restore(abstract(states[20], mesh), accept)[1]["step"] == 10
+    checkpoints.close()
+    assert "manifest.json: is missing" in checkpoints.problems[0]
+
+
+def test_an_unknown_file_and_a_renamed_checkpoint(two_steps, tmp_path, caplog):
+    original, states, mesh = two_steps
+    caplog.set_level(logging.CRITICAL)
+    folder = tmp_path / "copy"
+    shutil.copytree(original, folder)
+    (folder / "20" / "state" / "d" / "stray").write_bytes(b"?")
+    (folder / "10").rename(folder / "15")
+    checkpoints = opened(folder)
+    with pytest.raises(BadInput, match="state/d/stray: is not of this checkpoint"):
+        checkpoints.restore(abstract(states[20], mesh), accept)
+    checkpoints.close()
+    assert "/15 is damaged: ValueError: it holds step 10" in checkpoints.problems[1]
+
+
+def test_orbax_can_read_it(two_steps):
+    """The files are those of its own manager, which another program may use."""
+    original, states, mesh = two_steps
+    with ocp.CheckpointManager(
+        original,
+        item_names=("state", "position"),
+        item_handlers={
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(create=False, read_only=True),
+    ) as manager:
+        assert sorted(manager.all_steps()) == [10, 20]
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract(states[20], mesh)),
+            position=ocp.args.JsonRestore(),
+        )
+        found = manager.restore(20, args=args)
+        assert_equal(found["state"], states[20])
+        assert found["position"]["samples"] == 160
+        assert manager.metadata(20).commit_timestamp_nsecs > 1.7e18
 
 
 def test_orbax_lets_flipped_bits_pass_and_we_do_not(mesh, tmp_path, caplog):
@@ -330,15 +446,13 @@ def test_orbax_lets_flipped_bits_pass_and_we_do_not(mesh, tmp_path, caplog):
         folder = tmp_path / str(number)
         shutil.copytree(original, folder)
         flip_bit(folder / largest, rng)
-        checkpoints = opened(folder, read_only=True)
-        args = ocp.args.StandardRestore(abstract(states[20], mesh))
-        try:
-            alone = checkpoints.manager.restore(20, args=ocp.args.Composite(state=args))["state"]
-        except Exception:
-            alone = None
+        with ocp.StandardCheckpointer() as orbax:
+            try:
+                alone = orbax.restore(folder / "20" / "state", abstract(states[20], mesh))
+            except Exception:
+                alone = None
         if alone is not None:
             num_silent += fingerprints(alone) != fingerprints(states[20])
-        checkpoints.close()
         got, position = restored(folder, states[20], mesh)
         assert_equal(got, states[position["step"]])
     assert num_silent > 4  # else this test proves nothing about the fingerprints

@@ -23,7 +23,7 @@ from bloomjax import model_dir as model_dir_module
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.errors import BadInput
 from bloomjax.optimizer import adamw
-from bloomjax.train_step import abstract_state, state_of
+from bloomjax.train_state import abstract_state, state_of
 
 SHAPE = dict(vocab_size=320, emb_dim=32, num_layers=2, num_heads=4)
 

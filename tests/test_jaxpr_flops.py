@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from bloomjax.flops import flops_per_step
 from bloomjax.jaxpr_flops import FlopsOf, matmul_flops
 from bloomjax.model import Bloom, BloomConfig
-from bloomjax.train_step import StepOptions, abstract_batch, abstract_state, make_train_step
+from bloomjax.train_state import abstract_state
+from bloomjax.train_step import StepOptions, abstract_batch, make_train_step
 
 
 def f32(*shape):

@@ -16,7 +16,7 @@ from bloomjax.errors import BadInput
 from bloomjax.language_report import LanguageRow, bits_per_byte, with_warnings
 from bloomjax.metrics import EventFileWriter, MetricsFile
 from bloomjax.phases import PhasedMixture, Stretch
-from bloomjax.run import print_losses
+from bloomjax.screen import print_losses
 from bloomjax.vocabulary_report import Counts, Meter, count_words, measure
 
 # ---- words ----

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from bloomjax import partitioning
 from bloomjax.errors import BadInput
 from bloomjax.partitioning import MeshShape, activation_spec, gathered_spec, parameter_spec
-from bloomjax.train_step import abstract_state
+from bloomjax.train_state import abstract_state
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from bloomjax.optimizer import adamw
 from bloomjax.partitioning import MeshShape
 from bloomjax.preflight import check_compiler_options
 from bloomjax.schedules import BatchSchedule, CosineSchedule
-from bloomjax.train_step import StepOptions, abstract_state, jit_programs
+from bloomjax.train_state import abstract_state
+from bloomjax.train_step import StepOptions, jit_programs
 from bloomjax.vocabulary import train_sentencepiece
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
@@ -593,7 +594,9 @@ def test_a_loss_that_is_not_finite_is_never_saved(tiny_text, tmp_path):
         tiny_run.run(tiny_text, model_dir, learning_rate=wild)
     incident = journal(model_dir)[-1]
     assert incident["event"] == "not_finite"
-    assert incident["samples"][0] == 8 * (incident["step"] - 1)
+    step = incident["step"]
+    assert incident["samples"] == [[8 * (step - 1), 8 * step]]
+    assert sum(incident["languages"].values()) == 8 and incident["action"] == "stop"
     steps = [int(p.name) for p in (model_dir / "checkpoints").iterdir() if p.name.isdecimal()]
     assert all(step < incident["step"] for step in steps)
     assert [r["step"] for r in tiny_run.records(model_dir)] == list(range(incident["step"]))

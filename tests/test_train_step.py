@@ -21,15 +21,8 @@ from bloomjax.errors import BadInput
 from bloomjax.model import Bloom, BloomConfig
 from bloomjax.optimizer import adamw
 from bloomjax.partitioning import MeshShape
-from bloomjax.train_step import (
-    StepOptions,
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    init_state,
-    make_eval_step,
-    make_train_step,
-)
+from bloomjax.train_state import TrainState, abstract_state, init_state
+from bloomjax.train_step import StepOptions, abstract_batch, make_eval_step, make_train_step
 
 SHAPE = {"vocab_size": 64, "emb_dim": 32, "num_layers": 2, "num_heads": 8, "mlp_dim": 64}
 F32 = BloomConfig(**SHAPE, dtype="float32")

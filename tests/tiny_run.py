@@ -168,8 +168,9 @@ def fingerprints(model_dir: Path, step: int = NUM_STEPS) -> dict[str, int]:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path below `folder` and what the files hold."""
+    """Every path below `folder` and what the files hold, but for the ledger, in which each start writes."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
+        if path.name != "goodput.jsonl"
     }

@@ -4,13 +4,13 @@ import signal
 import pytest
 
 from bloomjax.errors import EXIT_RESTART
-from bloomjax.health import StopSignals
+from bloomjax.stops import StopConditions
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_remembered(number):
     before = signal.getsignal(number)
-    with StopSignals() as signals:
+    with StopConditions() as signals:
         assert signals.received is None
         os.kill(os.getpid(), number)
         assert signals.received == number.name
@@ -20,7 +20,7 @@ def test_a_signal_is_remembered(number):
 
 
 def test_the_second_interrupt_is_at_once():
-    with StopSignals() as signals:
+    with StopConditions() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
@@ -30,7 +30,7 @@ def test_the_second_interrupt_is_at_once():
 
 def test_handlers_come_back_after_an_error():
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    with pytest.raises(ZeroDivisionError), StopSignals():
+    with pytest.raises(ZeroDivisionError), StopConditions():
         _ = 1 / 0
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
 
