@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import itertools
+import math
 import statistics
 from typing import Any
 
@@ -10,9 +12,11 @@ import numpy as np
 from bloomjax.errors import BadInput
 
 _POLICIES = ("skip", "rollback", "stop")
-# Of a normal distribution the median absolute deviation times this is the standard deviation.
+# Of a normal distribution the median absolute deviation times this is the standard deviation; and the differences of
+# neighbours have sqrt(2) times that of the values.
 _MAD_TO_DEVIATION = 1.4826
 _LEAST_RELATIVE_DEVIATION = 0.01  # of the median: a plateau without noise is no reason to be strict
+_CENTRE_STEPS = 16
 _NO_LIMIT = float(np.finfo(np.float32).max)
 
 
@@ -37,9 +41,10 @@ class SpikeGuard:
     """Refuses steps that are not finite, or far above the steps before them.
 
     The compiled step compares its loss and gradient norm with `limits` and, beyond them, leaves parameters and
-    optimizer as they were. A limit is median + deviations * max(1.4826 * MAD, 1 % of the median) of the last
-    `window_steps` steps that were taken, MAD being the median absolute deviation. The newest step that counts for the
-    limits of step s is s - 2: then no step waits for the result of the one before it.
+    optimizer as they were. A limit is median + deviations * max(spread, 1 % of the median): the median of the last 16
+    steps that were taken, and the spread from one step to the next over the last `window_steps`, which a falling loss
+    does not widen: 1.4826 / sqrt(2) * median |x_i - x_(i-1)|. The newest step that counts for the limits of step s is
+    s - 2: then no step waits for the result of the one before it.
     """
 
     def __init__(
@@ -98,10 +103,10 @@ class SpikeGuard:
             limit = _NO_LIMIT
             if deviations is not None and len(before) >= self._min_steps:
                 values = [each[column] for each in before]
-                median = statistics.median(values)
-                spread = statistics.median(abs(value - median) for value in values)
-                least = _LEAST_RELATIVE_DEVIATION * abs(median)
-                limit = median + deviations * max(_MAD_TO_DEVIATION * spread, least)
+                median = statistics.median(values[-_CENTRE_STEPS:])
+                jumps = [abs(b - a) for a, b in itertools.pairwise(values)]
+                spread = _MAD_TO_DEVIATION / math.sqrt(2) * statistics.median(jumps)
+                limit = median + deviations * max(spread, _LEAST_RELATIVE_DEVIATION * abs(median))
             found.append(min(limit, _NO_LIMIT))
         return np.array(found, np.float32)
 

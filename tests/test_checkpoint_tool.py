@@ -214,3 +214,29 @@ def test_an_import_has_a_manifest(tmp_path):
     assert entries and not list(checkpoint_manifest.problems(folder.path / "0", entries))
     position = json.loads((tmp_path / "c" / "0" / "position" / "metadata").read_text())
     assert position["has_manifest"] and jax.device_count() == 8
+
+
+def test_rollback(call, run_dir):
+    folder = run_dir / "checkpoints"
+    before = tiny_run.tree(folder)
+    code, out, _ = call("rollback", run_dir, "--step=20", "--dry_run")
+    assert (code, out) == (0, "would put aside: 30, 40; the newest is 20\n")
+    assert tiny_run.tree(folder) == before
+    code, out, _ = call("rollback", run_dir, "--step=20", "--json")
+    assert (code, json.loads(out)["put_aside"]) == (0, [30, 40])
+    assert CheckpointFolder(folder).steps() == [10, 20]
+    assert {"rolled-back-30", "rolled-back-40"} <= {path.name for path in folder.iterdir()}
+    assert call("rollback", run_dir, "--step=20")[1] == "put aside: nothing; the newest is 20\n"
+
+
+def test_rollback_refuses(call, run_dir):
+    before = tiny_run.tree(run_dir)
+    assert "needs --step=N" in call("rollback", run_dir)[2]
+    assert "no checkpoint of step 25 in" in call("rollback", run_dir, "--step=25")[2]
+    flip_bit(data_files(run_dir / "checkpoints" / "20")[0], np.random.default_rng(5))
+    code, _, err = call("rollback", run_dir, "--step=20")
+    assert code == 1 and "is damaged, nothing is rolled back" in err
+    with lock_model_dir(run_dir):
+        code, _, err = call("rollback", run_dir, "--step=10")
+    assert code == 1 and "trains in MODEL_DIR" in err
+    assert set(tiny_run.tree(run_dir)) - set(before) <= {".lock"}

@@ -25,9 +25,9 @@ def test_limits_are_those_of_the_definition():
     for values, deviations in ((losses, 6.0), (norms, 9.0)):
         # Step 301 does not wait for step 300.
         window = values[199:299]
-        median = np.median(window)
-        mad = 1.4826 * np.median(np.abs(window - median))
-        expected.append(median + deviations * max(mad, 0.01 * median))
+        median = np.median(window[-16:])
+        spread = 1.4826 / 2**0.5 * np.median(np.abs(np.diff(window)))
+        expected.append(median + deviations * max(spread, 0.01 * median))
     np.testing.assert_allclose(guard.limits(301), expected, rtol=1e-6)
 
 
@@ -36,6 +36,19 @@ def test_they_do_not_depend_on_when_a_step_was_heard_of():
     late, *_ = fed(49)
     assert (early.limits(51) == late.limits(51)).all()
     assert (early.limits(52) != late.limits(52)).any()
+
+
+def test_a_falling_loss_does_not_widen_the_limit():
+    """The spread is that of the noise, 0.05, whether the loss falls by 4 over the window or not at all."""
+    rng = np.random.default_rng(2)
+    noise = rng.normal(0, 0.05, 128)
+    limits = []
+    for slope in (0.0, 4 / 128):
+        guard = SpikeGuard(loss_deviations=10.0)
+        for step in range(128):
+            guard.judge(step + 1, 4 + slope * (127 - step) + noise[step], 1.0, True)
+        limits.append(guard.limits(130)[0] - 4)
+    assert 0.4 < limits[0] < 0.7 and limits[1] - limits[0] == pytest.approx(slope * 8, abs=0.1)
 
 
 def test_too_few_steps_make_no_limits():

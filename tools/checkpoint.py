@@ -4,12 +4,14 @@
     python tools/checkpoint.py verify --checkpoints=runs/tiny [--step=300] [--deep]
     python tools/checkpoint.py diff --checkpoints=runs/tiny --step=200 --other=300 [--all]
     python tools/checkpoint.py diff --checkpoints=runs/a --step=200 --other=runs/b/checkpoints/200
+    python tools/checkpoint.py rollback --checkpoints=runs/tiny --step=200
     python tools/checkpoint.py prune --checkpoints=runs/tiny --keep_last=3 --keep_every_steps=1000 [--damaged]
 
 --checkpoints is MODEL_DIR, its folder `checkpoints`, or the folder or URL of Checkpoints.directory. verify reads every
-file and compares it with the manifest; with --deep also every array with its fingerprint. diff needs no model. prune
-keeps the newest checkpoint that is whole (it reads it) and the pinned one, and refuses while a run works in the folder;
---dry_run only says what would go. --json prints one object. Exit code: 0; 3 if something is damaged, or if two
+file and compares it with the manifest; with --deep also every array with its fingerprint. diff needs no model.
+rollback puts aside (`rolled-back-N`) what is newer than --step, so that the next start goes on from there. prune keeps
+the newest checkpoint that is whole (it reads it) and the pinned one. Both refuse while a run works in the folder;
+--dry_run only says what would be done. --json prints one object. Exit code: 0; 3 if something is damaged, or if two
 checkpoints differ; 1 for input that cannot be used.
 """
 
@@ -41,7 +43,7 @@ def _define(define: Any, name: str, default: Any, text: str, **more: Any) -> Any
 _CHECKPOINTS = _define(
     flags.DEFINE_string, "checkpoints", None, "MODEL_DIR or its checkpoints; a URL"
 )
-_STEP = _define(flags.DEFINE_integer, "step", None, "Of this checkpoint; verify: of all.")
+_STEP = _define(flags.DEFINE_integer, "step", None, "This checkpoint; verify: all if not given.")
 _OTHER = _define(
     flags.DEFINE_string,
     "other",
@@ -61,9 +63,9 @@ _KEEP_EVERY = _define(
 _DAMAGED = _define(
     flags.DEFINE_bool, "damaged", False, "prune: also what was put aside or is left over."
 )
-_DRY_RUN = _define(flags.DEFINE_bool, "dry_run", False, "prune: only say what would go.")
+_DRY_RUN = _define(flags.DEFINE_bool, "dry_run", False, "prune, rollback: only say what would go.")
 _UNLOCKED = _define(
-    flags.DEFINE_bool, "unlocked", False, "prune: of a URL, where nothing tells of a run."
+    flags.DEFINE_bool, "unlocked", False, "prune, rollback: of a URL, where nothing tells of a run."
 )
 _JSON = _define(flags.DEFINE_bool, "json", False, "One JSON object.")
 
@@ -322,7 +324,30 @@ def prune() -> None:
         print(f"kept: {', '.join(map(str, kept)) or 'none'}")
 
 
-VERBS = {"ls": list_checkpoints, "verify": verify, "diff": diff, "prune": prune}
+def rollback() -> None:
+    folder = find_folder(_CHECKPOINTS.value)
+    if _STEP.value is None:
+        raise BadInput("rollback needs --step=N: the checkpoint to go on from")
+    with _no_run(folder) if not _DRY_RUN.value else contextlib.nullcontext():
+        target = _checkpoint_of(folder, _STEP.value)
+        damage = next(problems_of(target, False), None)
+        if damage:
+            raise BadInput(f"checkpoint {target} is damaged, nothing is rolled back: {damage}")
+        newer = [step for step in folder.steps() if step > _STEP.value]
+        if not _DRY_RUN.value:
+            for step in newer:
+                with one_line_errors(f"cannot rename {folder.path / str(step)}"):
+                    folder.put_aside(step, ROLLED_BACK)
+    if _JSON.value:
+        print(json.dumps({"step": _STEP.value, "put_aside": newer, "dry_run": _DRY_RUN.value}))
+        return
+    verb = "would put aside" if _DRY_RUN.value else "put aside"
+    print(f"{verb}: {', '.join(map(str, newer)) or 'nothing'}; the newest is {_STEP.value}")
+
+
+VERBS = {
+    "ls": list_checkpoints, "verify": verify, "diff": diff, "rollback": rollback, "prune": prune,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
