@@ -201,7 +201,10 @@ class CheckpointFolder:
             return step == pinned, is_for_ever, step
 
         victims = self.put_asides(ROLLED_BACK)
-        victims += [self.path / str(step) for step in sorted(steps, key=rank)]
+        checkpoints = [self.path / str(step) for step in sorted(steps, key=rank)]
+        free = self.free_bytes()
+        if free is None or free + sum(map(_num_bytes, victims + checkpoints)) >= needed_bytes:
+            victims += checkpoints  # else they would be lost for nothing
         freed = []
         for path in victims:
             free = self.free_bytes()
@@ -210,6 +213,11 @@ class CheckpointFolder:
             self.delete(path)
             freed.append(path.name)
         return freed
+
+
+def _num_bytes(folder: epath.Path) -> int:
+    names = checkpoint_manifest.files_below(folder)
+    return sum((folder / name).stat().length for name in names)
 
 
 def _is_step(name: str) -> bool:

@@ -95,7 +95,7 @@ class Save:
             self.outcome = outcome
         except Exception as error:  # another process is lost, mostly
             self.error = self.error or error
-            self.outcome |= {"error": _line(error), "full": False}
+            self.outcome |= {"error": _line(error), "full": False, "is_agreed": False}
             logging.error("save of step %d: %s", self.step, traceback.format_exc())
 
     def _write(self, futures: list[Any]) -> dict[str, Any]:
@@ -154,7 +154,9 @@ class Save:
         raise AssertionError
 
     def _decide(self, everyone: list[dict[str, Any]]) -> dict[str, Any]:
-        outcome: dict[str, Any] = {"step": self.step, "error": None, "full": False}
+        outcome: dict[str, Any] = {
+            "step": self.step, "error": None, "full": False, "is_agreed": True
+        }  # fmt: skip
         failed = [n for n, each in enumerate(everyone) if each["error"]]
         if failed:
             outcome["error"] = everyone[failed[0]]["error"]

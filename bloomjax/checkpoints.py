@@ -33,12 +33,13 @@ from bloomjax.checkpoint_folder import (
     superseded,
 )
 from bloomjax.checkpoint_saving import ITEMS, Save, is_disk_full
-from bloomjax.errors import BadInput, NoRoom
+from bloomjax.errors import BadInput, NoRoom, Restart
 from bloomjax.files import one_line_errors
 from bloomjax.metrics import lock_model_dir
 
 _RETRY_SECONDS = 10.0  # between looks at the free space after a save that failed
 _FINAL_TRIES = 3  # of the last save of a run
+_MAX_FAILURES = 3  # of saves in a row, by other reasons than a full disk
 
 
 def _leaf_fingerprint(x: jax.Array, start: Any = 0) -> jax.Array:
@@ -125,6 +126,8 @@ class Checkpoints:
         )
         self._failed_step: int | None = None  # whose save found the disk full
         self._num_failures, self._next_try, self._needed_bytes = 0, 0.0, 0
+        self._is_read_only = False
+        self._num_broken = 0  # saves that have failed in a row, by other reasons than a full disk
         # Of a save that failed for another reason: its line, the process, the error here, the step.
         self._broken: tuple[str, int | None, BaseException | None, int] | None = None
         self.directory: epath.Path | None = None
@@ -140,6 +143,7 @@ class Checkpoints:
             "state": ocp.StandardCheckpointHandler(),
             "position": ocp.JsonCheckpointHandler(),
         }
+        self._is_read_only = read_only
         if job.is_main() and not read_only:
             with one_line_errors(f"cannot write {self.directory}"):
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -193,9 +197,16 @@ class Checkpoints:
             return
         with self._changes:
             if step in self.folder.steps():
-                self.folder.pin(step, reason)
+                try:
+                    self.folder.pin(step, reason)
+                except OSError as error:
+                    logging.error("checkpoint %d is not pinned: %s", step, error)
             else:  # deleted this very moment; an incident must not end the run
                 logging.error("no checkpoint of step %d in %s to be pinned", step, self.directory)
+
+    def settle(self) -> None:
+        """Waits for a save in the background, however it ends; all processes call it."""
+        self._collect()
 
     def put_aside_from(self, step: int) -> list[int]:
         """Whole checkpoints of `step` and later become `rolled-back-<step>`; all processes call it. Their steps.
@@ -216,8 +227,8 @@ class Checkpoints:
         """Copies the state to the host and returns; the writing goes on behind. All processes call it.
 
         False if nothing is saved, because the step or a later one exists, or because the disk has no room and none
-        can be made (`incidents` says so, `wants_retry` when to call again). What else went wrong with the save before
-        is raised here.
+        can be made (`incidents` says so, `wants_retry` when to call again). What went wrong with the last three saves,
+        other than that, is raised here.
         """
         self._collect(raises=True)
         if self._steps and step <= self._steps[-1]:
@@ -336,11 +347,11 @@ class Checkpoints:
             self._steps = outcome.get("steps", self._steps)
             self._take_incident(outcome)
             if outcome["error"] is None:
-                self._failed_step, self._num_failures = None, 0
+                self._failed_step, self._num_failures, self._num_broken = None, 0, 0
                 self._stored_bytes = outcome["num_bytes"]
                 names = ("step", "num_bytes", "num_files", "seconds", "manifest_seconds")
                 self.last_save = {name: outcome[name] for name in names}
-            elif not outcome["full"]:
+            elif not outcome["full"] and not self._may_try_again(outcome):
                 self._broken = outcome["error"], outcome.get("process"), save.error, save.step
         if raises and self._broken is not None:
             line, process, error, step = self._broken
@@ -349,6 +360,21 @@ class Checkpoints:
                 raise error
             where = f" of process {process}" if process is not None else ""
             raise RuntimeError(f"the save of step {step}{where} failed: {line}")
+
+    def _may_try_again(self, outcome: dict[str, Any]) -> bool:
+        """After a save that failed: file systems stumble, and the last checkpoint is whole."""
+        self._num_broken += 1
+        step, problem = outcome["step"], outcome["error"]
+        if not outcome.get("is_agreed") or self._num_broken >= _MAX_FAILURES:
+            return False
+        incident = {"event": "save_failed", "step": step, "problem": problem}
+        if job.is_main():
+            line = f"bloomjax: THE SAVE OF STEP {step} FAILED: {problem}; training goes on"
+            print(line, file=sys.stderr, flush=True)
+        self.incidents.append(incident | {"process": outcome.get("process")})
+        self._failed_step = step
+        self._next_try = time.monotonic() + _RETRY_SECONDS
+        return True
 
     def _take_incident(self, found: dict[str, Any]) -> None:
         incident = found.get("incident")
@@ -363,7 +389,7 @@ class Checkpoints:
         self._num_failures += 1
 
     def wants_retry(self) -> bool:
-        """Whether a save failed for want of room and it makes sense to try now. Local and cheap."""
+        """Whether a save failed and it makes sense to try again now. Local and cheap."""
         self._collect_if_done()
         if self._failed_step is None or self._saving is not None:
             return False
@@ -390,6 +416,10 @@ class Checkpoints:
             self._collect(raises=True)
         if self._failed_step is not None:
             step, self._failed_step = self._failed_step, None
+            if self._num_broken:
+                raise Restart(
+                    f"the checkpoint of step {step} is not saved, see journal.jsonl (save_failed)"
+                )
             raise NoRoom(
                 f"the checkpoint of step {step} is not saved: {self.directory} is full, needed "
                 f"{_gigabytes(self._needed_bytes)}, free {_gigabytes(self.folder.free_bytes())}; the newest is "
@@ -453,7 +483,7 @@ class Checkpoints:
                 self.problems.append(str(error))
                 damaged.append(step)
                 continue
-            for damaged_step in damaged:
+            for damaged_step in [] if self._is_read_only else damaged:
                 self._put_aside(damaged_step, DAMAGED)
             self._remove_leftovers()
             return state, position
@@ -503,11 +533,13 @@ class Checkpoints:
         """Every file of a checkpoint against its manifest, shared between the processes."""
         folder = self.folder.path / str(step)
         entries = self._together(step, checkpoint_manifest.read, folder)
-        if entries is None:
+        if not any(job.gather(entries is not None)):
             # `_restore_position` knows whether there was one.
             if job.is_main():
                 logging.info("checkpoint %s has no manifest: only its arrays are verified", folder)
             return
+        self._together(step, _must_be_there, folder, entries)
+        assert entries is not None
         if job.is_main():
             self._together(step, checkpoint_manifest.check_names, folder, entries)
         else:
@@ -582,6 +614,8 @@ class Checkpoints:
         self._reload()
 
     def _remove_leftovers(self) -> None:
+        if self._is_read_only:  # they may be of a save that goes on
+            return
         """Of killed saves. Only once it is clear that the folder is this run's."""
         if job.is_main():
             self.folder.remove_leftovers()
@@ -589,6 +623,14 @@ class Checkpoints:
 
 class _Damaged(Exception):
     """A checkpoint cannot be restored; the message says which and why."""
+
+
+def _must_be_there(folder: epath.Path, entries: Any) -> None:
+    """Of several hosts one may not see what the others see."""
+    if entries is None:
+        raise checkpoint_manifest.Damage(
+            f"{checkpoint_manifest.NAME}: {os.uname().nodename} does not see it"
+        )
 
 
 def deleted_meanwhile(checkpoint: os.PathLike[str]) -> str:

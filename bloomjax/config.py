@@ -116,7 +116,7 @@ def call(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         result = job.fail(1, "nobody reads the output") if job.is_shared() else 1
     except Exception as error:
-        if not job.is_shared():
+        if not job.is_shared() and not job.is_fault(error):
             raise
         result = job.fail_with(error)
     finally:

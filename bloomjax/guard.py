@@ -95,9 +95,13 @@ class SpikeGuard:
         """Steps of this run that were not taken."""
         return self._num_refused
 
-    def limits(self, step: int) -> np.ndarray:
-        """float32 [2]: the largest loss and gradient norm with which `step` is taken."""
-        before = [each for each in self._taken if each[0] <= step - 2][-self._window_steps :]
+    def limits(self, step: int, first_step: int = 1) -> np.ndarray:
+        """float32 [2]: the largest loss and gradient norm with which `step` is taken.
+
+        Steps before `first_step` do not count: with it other data begin, whose loss may be another.
+        """
+        before = [each for each in self._taken if first_step <= each[0] <= step - 2]
+        before = before[-self._window_steps :]
         found = []
         for column, deviations in enumerate(self._deviations, 1):
             limit = _NO_LIMIT
@@ -109,6 +113,11 @@ class SpikeGuard:
                 limit = median + deviations * max(spread, _LEAST_RELATIVE_DEVIATION * abs(median))
             found.append(min(limit, _NO_LIMIT))
         return np.array(found, np.float32)
+
+    @property
+    def in_a_row(self) -> int:
+        """Steps refused since the last that was taken (or, after a roll back, was new)."""
+        return self._in_a_row
 
     def judge(self, step: int, loss: float, grad_norm: float, is_taken: bool) -> Verdict | None:
         """Hears of each step once, in order; a verdict if it was not taken."""

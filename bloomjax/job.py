@@ -43,8 +43,10 @@ class _Job:
         self._client: Any = distributed.global_state.client
         self._num_agreed = 0
         self._lock = threading.Lock()  # of what stands in the next lines
-        self._begun_step = -1  # the newest step that this process has promised to take
-        self._met: dict[str, tuple[int, str]] = {}  # meetings: after which step, and why
+        # How often it was asked whether to stop, the same on all processes (a step may be taken twice, after a roll
+        # back), and up to which such time this process has promised to go on.
+        self._num_asked = self._begun = 0
+        self._met: dict[str, tuple[int, str]] = {}  # meetings: at which of these times, and why
         self._saved: set[str] = set()  # those of them that were for a save, which has been made
         self._closing = threading.Event()
         self._listener = threading.Thread(target=self._listen, name="job", daemon=True)
@@ -85,7 +87,7 @@ class _Job:
         self._num_agreed += 1
         return f"agreed/{self._num_agreed}"
 
-    # Meeting: after which step all stop, or all save.
+    # Meeting: when all stop, or all save.
 
     def call_meeting(self, name: str, reason: str) -> None:
         try:
@@ -99,17 +101,18 @@ class _Job:
             number = sum(name != "stop" for name in self._met)
         self.call_meeting(f"save-{number}", "save")
 
-    def stopped_by(self, step: int) -> str | None:
+    def stopped_by(self) -> str | None:
         with self._lock:
-            last_step, reason = self._met.get("stop", (None, None))
-            if last_step is not None and step >= last_step:
+            self._num_asked += 1
+            at, reason = self._met.get("stop", (None, None))
+            if at is not None and self._num_asked >= at:
                 return reason
-            self._begun_step = step + 1
+            self._begun = self._num_asked + 1
             return None
 
-    def is_save_called(self, step: int) -> bool:
+    def is_save_called(self) -> bool:
         with self._lock:
-            due = {name for name, (at, _) in self._met.items() if name != "stop" and at <= step}
+            due = {n for n, (at, _) in self._met.items() if n != "stop" and at <= self._num_asked}
             is_new = bool(due - self._saved)
             self._saved |= due
             return is_new
@@ -150,7 +153,7 @@ class _Job:
 
     def _promise(self, meeting: str) -> None:
         try:
-            self.put(f"begun/{meeting}/{self.process_id}", self._begun_step)
+            self.put(f"begun/{meeting}/{self.process_id}", self._begun)
         except Exception as error:
             if "ALREADY_EXISTS" not in str(error):
                 raise
@@ -265,29 +268,29 @@ def forget(key: str) -> None:
 
 
 def request_stop(reason: str) -> None:
-    """Asks all processes to stop; `stopped_by` says after which step."""
+    """Asks all processes to stop; `stopped_by` says when."""
     assert _job is not None
     _job.call_meeting("stop", reason)
 
 
 def request_save() -> None:
-    """Asks all processes to save; `is_save_requested` says after which step. Any process may ask."""
+    """Asks all processes to save; `is_save_requested` says when. Any process may ask."""
     assert _job is not None
     _job.call_save()
 
 
-def is_save_requested(step: int) -> bool:
-    """Whether all processes save after this step, asked once after every step, after `stopped_by`."""
-    return _job is not None and _job.is_save_called(step)
+def is_save_requested() -> bool:
+    """Whether all processes save now, asked once after every step, after `stopped_by`."""
+    return _job is not None and _job.is_save_called()
 
 
-def stopped_by(step: int) -> str | None:
-    """Why all processes stop after this step; None to go on. Costs a lock, no message.
+def stopped_by() -> str | None:
+    """Why all processes stop now; None to go on. Costs a lock, no message.
 
-    To be asked after every step: None is a promise to take the next one. When a stop is requested, the promises are
-    exchanged in the background, and the last step that any process has promised is the last for all.
+    To be asked once after every step: None is a promise to take the next one. When a stop is requested, the promises
+    are exchanged in the background, and the last step that any process has promised is the last for all.
     """
-    return _job.stopped_by(step) if _job else None
+    return _job.stopped_by() if _job else None
 
 
 def num_processes() -> int:
@@ -308,7 +311,8 @@ def is_lost_peer(error: BaseException | None) -> bool:
     return False
 
 
-def _is_fault(error: BaseException) -> bool:
+def is_fault(error: BaseException) -> bool:
+    """Whether this error blames a device or its network: another start may be on others."""
     import jax
 
     text = str(error)
@@ -345,7 +349,7 @@ def fail_with(error: Exception) -> int:
     if is_lost_peer(error):
         return fail(EXIT_RESTART, f"a peer is lost: {one_line(error)}")
     traceback.print_exception(error)
-    if _is_fault(error):
+    if is_fault(error):
         return fail(EXIT_RESTART, f"a device or its network failed: {one_line(error)}")
     return fail(1, f"{type(error).__name__}: {one_line(error)}")
 

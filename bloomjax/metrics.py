@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
-from bloomjax.journal import append_line
+from bloomjax.journal import LineFile
 
 
 class ScalarWriter(Protocol):
@@ -68,6 +68,7 @@ class MetricsFile:
     def __init__(self, model_dir: Path, enabled: bool = True):
         self._path = model_dir / "metrics.jsonl"
         self._superseded = model_dir / "metrics.superseded.jsonl"
+        self._lines = LineFile(self._path)
         self._enabled = enabled
 
     def resume_after(self, step: int) -> None:
@@ -75,21 +76,21 @@ class MetricsFile:
         if not self._enabled or not self._path.exists():
             return
         kept, cut = [], []
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in self._path.read_bytes().splitlines(keepends=True):
             try:
-                is_kept = line.endswith("\n") and json.loads(line)["step"] <= step
-            except (json.JSONDecodeError, KeyError, TypeError):
+                is_kept = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
                 is_kept = False
-            (kept if is_kept else cut).append(line if line.endswith("\n") else line + "\n")
+            (kept if is_kept else cut).append(line if line.endswith(b"\n") else line + b"\n")
         if not cut:
             return
-        with self._superseded.open("a", encoding="utf-8") as file:
+        with self._superseded.open("ab") as file:
             file.writelines(cut)
-        write_whole(self._path, "".join(kept).encode())
+        write_whole(self._path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         if self._enabled:
-            append_line(self._path, record)
+            self._lines.append(record)
 
     def last(self) -> dict[str, Any] | None:
         """The newest record."""

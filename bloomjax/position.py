@@ -34,7 +34,9 @@ class Position:
         self._schedule = schedule
         # The hash chain over the samples so far, and where it stood at the save before: (samples, value).
         self._chain, self._chain_before = (0, 0), (0, 0)
-        data.skip(Skips.of([*data.kept.skips.ranges, *job.on_main(self._read_skipped)]))
+        data.skip(
+            Skips.of([*data.kept.skips.ranges, *job.on_main(lambda: read_skipped(model_dir))])
+        )
 
     @property
     def samples(self) -> int:
@@ -91,11 +93,15 @@ class Position:
         self.step = step
 
     def delete(self, first_step: int, last_step: int) -> list[list[int]]:
-        """Skips the samples that these steps took, for good: in MODEL_DIR, on all processes. The new ranges."""
+        """Skips the samples that these steps took, for good: in MODEL_DIR, on all processes. What is new."""
         first = self._schedule.samples_after(first_step - 1)
         num = self._schedule.samples_after(last_step) - first
-        ranges = [[s, s + n] for s, n in self._data.kept.skips.runs(first, num)]
+        before = self._data.kept.skips
         skips = self._data.without(first, num, self._schedule)
+        ranges = []
+        for a, b in skips.ranges:
+            at = before.position_of(a)
+            ranges += [[s, s + n] for s, n in before.runs(at, before.position_of(b) - at)]
         text = json.dumps({"ranges": skips.ranges}) + "\n"
         job.on_main(lambda: write_whole(self._model_dir / _SKIPPED, text.encode()))
         self._data.skip(skips)
@@ -134,14 +140,18 @@ class Position:
             )
         self._data.skip(skips)
 
-    def _read_skipped(self) -> list[list[int]]:
-        path = self._model_dir / _SKIPPED
-        if not path.exists():
-            return []
-        try:
-            return [list(each) for each in Skips.of(json.loads(path.read_bytes())["ranges"]).ranges]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path} holds no ranges of samples: {error}") from error
+
+def read_skipped(model_dir: Path) -> list[list[int]]:
+    """Ranges of sample numbers that roll backs of this run have deleted. BadInput for a file that cannot be read."""
+    path = model_dir / _SKIPPED
+    if not path.exists():
+        return []
+    try:
+        return [list(each) for each in Skips.of(json.loads(path.read_bytes())["ranges"]).ranges]
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:  # BadInput is a ValueError, too
+        raise BadInput(f"{path} holds no ranges of samples: {error}") from error
 
 
 def _brief(value: Any) -> str:

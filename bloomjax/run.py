@@ -77,6 +77,9 @@ class Run:
         self._progress: Progress | None = None  # on the main process, while there are steps to do
         self._compiled: set[tuple[Any, ...]] = set()  # shapes of batches
         self._is_save_called = False
+        self._is_save_owed = False  # not made because the newest step was refused
+        self._restored_step, self._num_bad_starts = -1, 0
+        self._last_record: dict[str, Any] | None = None  # that was written
         self._verified_step = 0  # the newest after which all copies were equal
         if eval_every_steps < 1:
             raise BadInput(f"eval_every_steps must be at least 1, got {eval_every_steps}")
@@ -149,12 +152,16 @@ class Run:
         self._checkpoints.problems.clear()
         self._note_incidents()
         self._pending = None
+        self._is_save_called = self._is_save_owed = False
+        self._verified_step = 0
         if restored is None:
+            self._restored_step = -1
             self.position.reset()
             self._restore_guard({})
             self._metrics.resume_after(-1)
             return None
         state, position = restored
+        self._restored_step = self.step
         self._restore_guard(position)
         if is_imported(position):
             self._origin = f"starts from {position['imported']['source']}"
@@ -175,11 +182,27 @@ class Run:
             self._health.guard.restore(position.get("guard"))
 
     def roll_back(self, back: RollBack) -> None:
-        """Deletes the samples of some steps, and puts aside the checkpoints that were trained on them."""
+        """Deletes the samples of some steps, and puts aside the checkpoints that were trained on them.
+
+        BadInput if there are checkpoints, but none before these steps: then nothing is touched.
+        """
         with self._ledger.during("restore"), self._health.setup("restore"):
-            self._checkpoints.wait()
+            self._checkpoints.settle()
+            steps = job.on_main(self._checkpoints.steps)
+            if steps and min(steps) >= back.first_step:
+                raise BadInput(
+                    f"step {back.step} asks to go back to before step {back.first_step}, but the checkpoints of "
+                    f"{self.model_dir} are of steps {', '.join(map(str, steps))}; nothing was touched: keep more "
+                    "(Checkpoints.keep_last), or take a smaller SpikeGuard.rollback_steps or another policy"
+                )
+            if steps:  # of process 0: the save that has just ended may be the one to go back to
+                self._checkpoints.pin(
+                    max(step for step in steps if step < back.first_step),
+                    f"roll back at step {back.step}",
+                )
             self._checkpoints.put_aside_from(back.first_step)
             samples = self.position.delete(back.first_step, back.step)
+        self._note_incidents()
         self._journal.write("rollback", step=back.step, first_step=back.first_step, samples=samples)
         if self._writer:
             self._writer.close()
@@ -239,12 +262,18 @@ class Run:
     def dispatching(self, batch: Batch) -> Iterator[None]:
         """Around the dispatch of a step, which compiles a program for the first batch of each shape."""
         shape = batch["tokens"].shape
-        is_new = shape not in self._compiled
-        self._ledger.enter("compile" if is_new else "step")
-        with self._health.setup("compile") if is_new else contextlib.nullcontext():
+        if shape in self._compiled:
+            self._ledger.enter("step")
+            yield
+            return
+        self._complete()  # the step before has nothing to do with it
+        started = time.monotonic()
+        self._ledger.enter("compile")
+        with self._health.setup("compile"):
             yield
         self._compiled.add(shape)
         self._ledger.enter("step")
+        self._skip_clocks(started)
 
     def next_learning_rate(self) -> np.float32:
         """Of the step to come: that of the samples consumed before it."""
@@ -252,7 +281,15 @@ class Run:
 
     def next_limits(self) -> np.ndarray | None:
         """Of loss and gradient norm of the step to come; None without a guard."""
-        return self._health.guard.limits(self.step + 1) if self._health.guard else None
+        return self._limits(self.step + 1)
+
+    def _limits(self, step: int) -> np.ndarray | None:
+        if self._health.guard is None:
+            return None
+        # Another phase is another loss: what was before says nothing.
+        before = self._batch_schedule.samples_after(step - 1)
+        first = max(s.first_sample for s in self._data.kept.stretches if s.first_sample <= before)
+        return self._health.guard.limits(step, self._batch_schedule.steps_within(first) + 1)
 
     def finish_step(self, state: TrainState, metrics: dict[str, jax.Array]) -> TrainState:
         """Counts the step just dispatched, whose state is returned, and writes the record of the one before.
@@ -314,6 +351,7 @@ class Run:
         if record is None:
             return
         self._metrics.write(record)
+        self._last_record = record
         if self._writer:
             scalars = {
                 k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"
@@ -350,12 +388,15 @@ class Run:
             verdict.cause, step=step, action=verdict.action, in_a_row=verdict.in_a_row,
             samples=[[s, s + n] for s, n in self._data.kept.skips.runs(first, num)],
             languages=self._data.kept.sources(first, num), **numbers,
-            limits=[float(x) for x in guard.limits(step)] if guard else None,
+            limits=None if (limits := self._limits(step)) is None else limits.tolist(),
         )  # fmt: skip
         # JSON has no NaN, and a record that is not finite would be the last line of every plot.
         record |= {name: None for name in ("loss", "grad_norm") if not math.isfinite(record[name])}
-        before = self._checkpoints.last_before(step)
-        if before is not None:  # of process 0, which writes it down
+        first_step = self._first_step_to_undo(step) if verdict.action == "rollback" else step
+        before = self._checkpoints.last_before(first_step)
+        if (
+            before is not None and verdict.in_a_row == 1
+        ):  # later ones may hold what made the step bad
             self._checkpoints.pin(before, f"{verdict.cause} at step {step}")
         samples = self._data.kept.samples(first, num)
         what = f"step {step} (samples {samples[0]} to {samples[-1]}) has loss {loss} and gradient norm {grad_norm}"
@@ -363,12 +404,19 @@ class Run:
             self._warn(f"{what}; it was not taken (journal.jsonl)")
             return
         self._pending = None
-        if guard and verdict.action == "rollback":
-            first_step = max(1, step - guard.rollback_steps + 1)
+        if verdict.action == "rollback":
             self._warn(f"{what}; going back to before step {first_step}, without these samples")
             raise RollBack(first_step, step)
         again = f", {verdict.in_a_row} refused in a row" if verdict.in_a_row > 1 else ""
         raise BadInput(f"{what}{again}; stopped, nothing of it is saved in {self.model_dir}")
+
+    def _first_step_to_undo(self, step: int) -> int:
+        """When the first step after a checkpoint is refused again with other samples, the checkpoint is to blame."""
+        assert self._health.guard is not None
+        is_first = step == self._restored_step + 1
+        self._num_bad_starts = self._num_bad_starts + 1 if is_first else 0
+        first_step = max(1, step - self._health.guard.rollback_steps + 1)
+        return max(1, step - 1) if self._num_bad_starts > 1 else first_step
 
     def _check_replicas(self, state: TrainState) -> None:
         """Restart if copies differ: nothing of them may be saved, and the last checkpoint was made when none did."""
@@ -410,7 +458,7 @@ class Run:
 
     def is_stop_due(self) -> bool:
         """Whether all processes stop after this step; asked once after every step."""
-        return self._health.stops.is_stop_due(self.step)
+        return self._health.stops.is_stop_due()
 
     def is_save_due(self) -> bool:
         """By steps, by minutes, at the end, and again after one that failed; the same on all processes."""
@@ -421,20 +469,29 @@ class Run:
             if wants and not self._is_save_called:
                 self._is_save_called = True
                 job.request_save()
-            wants = job.is_save_requested(self.step)
-        return wants or self.is_done() or self._checkpoints.is_due(self.step)
+            wants = job.is_save_requested()
+        return wants or self._is_save_owed or self.is_done() or self._checkpoints.is_due(self.step)
 
     def save(self, state: TrainState) -> None:
-        """Begins to save the state after this step, unless it is saved."""
+        """Begins to save the state after this step, unless it is saved.
+
+        While steps are refused nothing is saved: it may be the state that is no good, and its copies would push out
+        the last good one. The end of the run is saved in any case.
+        """
         if self.step == 0:
             return
         self._complete()
+        guard = self._health.guard
+        self._is_save_owed = bool(guard and guard.in_a_row) and not self.is_done()
+        if self._is_save_owed:
+            return
         if self._health.replicas and self._verified_step < self.step:
             self._check_replicas(state)
         started = time.monotonic()
-        position = {"record": self._pending, **self.position.fields()}
-        if self._health.guard:
-            position["guard"] = self._health.guard.state()
+        record = self._pending or self._last_record  # of this step
+        position = {"record": record, **self.position.fields()}
+        if guard:
+            position["guard"] = guard.state()
         with self._ledger.during("save"), self._health.setup("save"):
             if self._health.fault:
                 self._health.fault.full_disk(self.step)
@@ -502,6 +559,8 @@ class Run:
         self._journal.write("stop", step=self.step, samples=self.position.samples, signal=reason)
         if self._is_main:
             saved = "saved" if self.step else "nothing to save yet"
+            if self._is_save_owed:
+                saved = f"not saved, because step {self.step} was refused"
             then = "the same command goes on"
             if stops.exit_code == 0:
                 then = f"without {stops.kill_switch} {then}"

@@ -6,6 +6,7 @@ sizes, learning rates and the length of a run are functions of it.
 
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -24,11 +25,18 @@ class Skips:
     def of(cls, ranges: Iterable[Sequence[int]]) -> "Skips":
         """The union of ranges in any order. BadInput for one that is none."""
         merged: list[list[int]] = []
-        for given in sorted(map(list, ranges)):
-            if len(given) != 2 or not 0 <= given[0] < given[1]:
+        pairs = []
+        for given in ranges:
+            try:
+                first, end = map(operator.index, given)
+            except (TypeError, ValueError):
+                first = end = -1
+            if not 0 <= first < end:
                 raise BadInput(
-                    f"samples to skip are ranges (first, end), 0 <= first < end, got {tuple(given)}"
+                    f"samples to skip are ranges (first, end), 0 <= first < end, such as ((8, 16),), got {given!r}"
                 )
+            pairs.append([first, end])
+        for given in sorted(pairs):
             if merged and given[0] <= merged[-1][1]:
                 merged[-1][1] = max(merged[-1][1], given[1])
             else:

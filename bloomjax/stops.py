@@ -64,8 +64,8 @@ class StopConditions:
         """The file; None before `open` where it is the default."""
         return self._kill_switch
 
-    def is_stop_due(self, step: int) -> bool:
-        """Whether the run stops after this step, the same on all processes; asked after every step."""
+    def is_stop_due(self) -> bool:
+        """Whether the run stops now, the same on all processes; asked once after every step."""
         self.received = self.received or self._look()
         if not job.is_shared():
             self.stopped_by = self.received
@@ -73,7 +73,7 @@ class StopConditions:
             if self.received and not self._is_requested:
                 self._is_requested = True
                 job.request_stop(self.received)
-            self.stopped_by = job.stopped_by(step)
+            self.stopped_by = job.stopped_by()
         return self.stopped_by is not None
 
     def _look(self) -> str | None:

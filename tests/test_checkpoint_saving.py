@@ -21,7 +21,7 @@ from test_checkpoints import flip_uniformly
 from bloomjax import checkpoint_folder, checkpoint_manifest, checkpoint_saving
 from bloomjax.checkpoint_folder import CheckpointFolder, superseded
 from bloomjax.checkpoints import Checkpoints
-from bloomjax.errors import BadInput, NoRoom
+from bloomjax.errors import BadInput, NoRoom, Restart
 from bloomjax.train_state import TrainState
 
 
@@ -223,7 +223,9 @@ def test_a_kill_leaves_no_checkpoint_in_part(tmp_path, when, leaves):
 # ---- failing ----
 
 
-def test_what_else_fails_in_the_background_is_raised_once(checkpoints, monkeypatch, tmp_path):
+def test_what_else_fails_in_the_background_is_tried_again_and_raised_at_last(
+    checkpoints, monkeypatch, capsys
+):
     save(checkpoints, 10)
     checkpoints.wait()
 
@@ -231,15 +233,35 @@ def test_what_else_fails_in_the_background_is_raised_once(checkpoints, monkeypat
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint_manifest, "write", fail)
-    save(checkpoints, 20)
+    for step in (20, 30):
+        save(checkpoints, step)
+        checkpoints.settle()
+        incident = checkpoints.incidents.pop()
+        assert (incident["event"], incident["step"]) == ("save_failed", step)
+        assert f"THE SAVE OF STEP {step} FAILED" in capsys.readouterr().err
+        assert not checkpoints.incidents and checkpoints.steps() == [10]
+    assert not checkpoints.wants_retry()  # not at once
+    checkpoints._next_try = 0.0
+    assert checkpoints.wants_retry()
+    save(checkpoints, 40)
     with pytest.raises(OSError, match="Input/output error"):
         checkpoints.wait()
     monkeypatch.undo()
+    checkpoints.wait(lambda: save(checkpoints, 45))
+    assert checkpoints.steps() == [10, 45]
+    save(checkpoints, 50)
     checkpoints.wait()
-    assert checkpoints.steps() == [10] and not checkpoints.wants_retry()
-    save(checkpoints, 30)
-    checkpoints.wait()
-    assert checkpoints.steps() == [10, 30]
+    assert checkpoints.steps() == [10, 45, 50] and not checkpoints.wants_retry()
+
+
+def test_the_last_save_of_a_run_that_fails_asks_for_another_start(checkpoints, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_manifest, "write", fail)
+    save(checkpoints, 20)
+    with pytest.raises(Restart, match="the checkpoint of step 20 is not saved, see journal.jsonl"):
+        checkpoints.wait()
 
 
 @pytest.mark.parametrize(
@@ -398,10 +420,15 @@ def test_what_goes_first_when_room_is_made(tmp_path, monkeypatch):
         (tmp_path / str(step)).mkdir()
     for name in ("rolled-back-45", "damaged-5", "60.orbax-checkpoint-tmp"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_bytes(b"12345")
     folder = CheckpointFolder(tmp_path)
     folder.pin(20, "incident")
     monkeypatch.setattr(checkpoint_folder, "free_bytes", lambda path: 0)
-    freed = folder.make_room(1, keep_every_steps=30)
+    (tmp_path / "10" / "data").write_bytes(b"12345")
+    # Checkpoints that would not make enough room are not given up for nothing.
+    assert folder.make_room(11, keep_every_steps=30) == ["rolled-back-45"]
+    shutil.copytree(tmp_path / "damaged-5", tmp_path / "rolled-back-45")
+    freed = folder.make_room(10, keep_every_steps=30)
     assert freed == ["rolled-back-45", "10", "40", "30", "20"]
     assert names(tmp_path) == ["50", "damaged-5", "pinned.json"]
 

@@ -188,7 +188,7 @@ def test_prune_refuses_while_a_run_works(call, run_dir):
 @pytest.mark.parametrize(
     "verb, flags, words",
     [
-        ("list", [], "say what to do: ls, verify, diff, prune; 'list' is none of them"),
+        ("list", [], "say what to do: ls, verify, diff, rollback, prune; 'list' is none of them"),
         ("verify", ["--step=11"], "no checkpoint of step 11 in .*; there are: 10, 20, 30, 40"),
         ("diff", ["--step=10"], "diff needs --step=A and --other=B"),
         ("diff", ["--step=10", "--other=/no"], "--other=/no: there is no checkpoint in /no"),

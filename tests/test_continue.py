@@ -67,6 +67,7 @@ def test_the_first_loss_is_that_of_transformers(tiny_text, tmp_path):
     assert abs(found - loss) <= 1e-4, (found, loss)
 
 
+@pytest.mark.slow
 def test_on_any_mesh_and_after_a_stop(source, tiny_text, tmp_path, capsys):
     """The run starts from the import, and the second start from its own checkpoint."""
     do_import(source, tmp_path / "run", tiny_text.vocabulary)
@@ -155,6 +156,7 @@ def test_without_a_tokenizer(source, tiny_text, tmp_path):
     assert "prepare.vocab_size = 320" in gin and "VOCABULARY =" not in gin
 
 
+@pytest.mark.slow
 def test_a_moved_import_does_not_begin_anew(source, tiny_text, tmp_path):
     do_import(source, tmp_path / "run", tiny_text.vocabulary)
     text_dir = tmp_path / "my_text"

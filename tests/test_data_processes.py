@@ -64,6 +64,7 @@ def fetch(options, num_processes, mesh, schedule, steps):
     return [(int(sample), int(crc)) for sample, crc in lines]
 
 
+@pytest.mark.slow
 def test_10_000_samples_in_1_2_and_4_processes(options):
     ramp = BatchSchedule(**RAMP)
     rng = random.Random(1)

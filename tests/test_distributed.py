@@ -125,6 +125,7 @@ def test_a_job_that_is_stopped_and_killed_finishes_by_itself(tiny_text, alone, t
     assert_same_run(model_dir, alone)
 
 
+@pytest.mark.slow
 def test_process_0_is_killed_and_one_process_goes_on(tiny_text, alone, tmp_path):
     """With the coordinator. Under the variables of Open MPI."""
     model_dir = tmp_path / "run"

@@ -88,7 +88,10 @@ def test_a_fault_costs_no_sample(tiny_text, peaceful, tmp_path, name, flags, num
         assert len({h["pid"] for h in hangs}) == 2  # and where the other one waits
     if word == "drift":
         (drift,) = journal(model_dir, "drift")
-        assert {d["process"] for d in drift["differences"]} == {0, 1}  # two copies: either may be it
+        assert {d["process"] for d in drift["differences"]} == {
+            0,
+            1,
+        }  # two copies: either may be it
         assert all(d["host"] == cluster.host() for d in drift["differences"])
     if word == "straggler":
         assert all(s["process"] == 1 for e in journal(model_dir, "straggler") for s in e["slow"])

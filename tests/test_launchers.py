@@ -374,6 +374,7 @@ def real(folder, num_processes):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_slurm_trains_in_two_processes(by_slurm):
     assert len({process["pid"] for process in processes(by_slurm)}) == 2
     assert list(tiny_run.losses(by_slurm)) == list(range(1, NUM_STEPS + 1))

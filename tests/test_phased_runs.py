@@ -105,6 +105,7 @@ def test_the_chain_is_saved_and_checked(tiny_text, tmp_path, monkeypatch):
     assert run(tiny_text, tmp_path / "run", 22) == 0
 
 
+@pytest.mark.slow
 def test_another_mesh_and_batch_leave_the_chain_alone(tiny_text, tmp_path):
     """The same 160 samples in batches of 8 on one device and of 16 on eight."""
     assert run(tiny_text, tmp_path / "one", 20) == 0

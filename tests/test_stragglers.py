@@ -172,6 +172,7 @@ def test_bad_input(given, message):
 # ---- several processes ----
 
 
+@pytest.mark.slow
 def test_three_processes_one_slow():
     given = {"num_steps": 22, "slow_process": 2, "slow_seconds": 0.03}
     results = checked(

@@ -264,6 +264,7 @@ def float32_run(tiny_text, tmp_path_factory):
 FLOAT32 = dict(model=tiny_model(dtype="float32"), batch_schedule=BatchSchedule(12))
 
 
+@pytest.mark.slow
 def test_half_on_one_device_and_half_on_eight(tiny_text, float32_run, tmp_path, capsys):
     """The batch of 12 is filled to 16 rows on 8 devices."""
     model_dir = tmp_path / "run"
@@ -330,6 +331,7 @@ def steps_saved(model_dir):
     return {int(p.name) for p in (model_dir / "checkpoints").iterdir() if p.name.isdigit()}
 
 
+@pytest.mark.slow
 def test_killed_during_a_save(tiny_text, undisturbed, tmp_path):
     """By the command line; none of the commands loads TensorFlow (see tiny_run.environment)."""
     model_dir = tmp_path / "run"

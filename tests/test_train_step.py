@@ -227,6 +227,43 @@ def test_the_old_state_is_donated():
     assert compiled_step(mesh).memory_analysis().alias_size_in_bytes >= held
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["adamw", "another optimizer"])
+def test_a_step_beyond_its_limits_is_not_taken(kind, moments):
+    """Parameters and optimizer to the bit those before; within the limits those of a step without."""
+    optimizer = adamw(epsilon=EPSILON, first_moment_dtype=moments)
+    if kind != "adamw":
+        optimizer = optax.chain(optax.trace(decay=0.9), optimizer)
+    mesh = build((1, 1, 1))
+    step = jit(make_train_step(Bloom(F32), optimizer, StepOptions(), mesh))
+    state = TrainState(np.int32(3), params(), optimizer.init(params()))
+    batch = {"tokens": some_tokens(), "weights": np.ones(ROWS, np.float32)}
+    arguments = batch, LEARNING_RATE, jax.random.key(0)
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(jnp.asarray, step(state, *arguments)[0])  # with moments
+        free, metrics = step(state, *arguments)
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        for limits, is_taken in (
+            ((loss + 1, norm + 1), True), ((loss - 1e-3, norm + 1), False), ((loss + 1, norm - 1e-3), False),
+        ):  # fmt: skip
+            new, metrics = step(state, *arguments, np.array(limits, np.float32))
+            assert bool(metrics["is_taken"]) == is_taken
+            assert float(metrics["loss"]) == loss and int(new.step) == 5
+            if is_taken:
+                for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(free), strict=True):
+                    np.testing.assert_allclose(
+                        a.astype(np.float32), b.astype(np.float32), 1e-5, 1e-7
+                    )
+            else:
+                new = new.replace(step=state.step)
+                jax.tree.map(np.testing.assert_array_equal, new, state)
+        broken = batch | {"weights": np.full(ROWS, np.nan, np.float32)}
+        most = np.full(2, np.finfo(np.float32).max)
+        new, metrics = step(state, broken, LEARNING_RATE, jax.random.key(0), most)
+        assert not metrics["is_taken"] and not np.isfinite(metrics["loss"])
+        jax.tree.map(np.testing.assert_array_equal, new.replace(step=state.step), state)
+
+
 def test_dropout_masks_differ_between_steps_keys_and_microbatches():
     mesh = (1, 1, 1)
     config = dataclasses.replace(F32, hidden_dropout_rate=0.1, attention_dropout_rate=0.1)

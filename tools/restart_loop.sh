@@ -8,7 +8,7 @@
 # script: 0 is done, 1 and 2 would only repeat themselves, 253 is what srun makes of a task that had too little memory.
 #
 # Progress is a higher number than ever before of the newest checkpoint or of the last line of metrics.jsonl in
-# MODEL_DIR. After --max-stalls ends in a row without any, the exit code is that of the last one.
+# MODEL_DIR, or a roll back in its journal, after which that number counts anew. After --max-stalls ends in a row without any, the exit code is that of the last one.
 #
 # SIGTERM, SIGINT and SIGUSR1 go on to the command as SIGUSR1, after which it saves and ends with 75 (srun and mpirun
 # pass that one on; SIGINT they take for themselves). Then nothing is started any more.
@@ -54,17 +54,24 @@ shift
 
 # A folder with another name than a step is no whole checkpoint.
 look="cd $(printf %q "$model_dir") && {
-  ls checkpoints | grep -Ex '[0-9]+'
-  tail -n 1 metrics.jsonl | sed -n 's/^{\"step\": \([0-9]*\),.*/\1/p'
-} | sort -n | tail -n 1"
+  {
+    echo 0
+    ls checkpoints | grep -Ex '[0-9]+'
+    tail -n 1 metrics.jsonl | sed -n 's/^{\"step\": \([0-9]*\),.*/\1/p'
+  } | sort -n | tail -n 1
+  cat journal.jsonl | grep -c '\"event\": \"rollback\"'
+}"
+# Sets `now`, and `rollbacks`, how often the run went back.
 progress() {
   local found
   # shellcheck disable=SC2086 # --through is several words
-  found=$($through "$look" 2>/dev/null)
-  echo "${found:-0}"
+  found=$($through "$look" 2>/dev/null | tr '\n' ' ')
+  read -r now rollbacks <<< "${found:-0 0}"
 }
+now=0 rollbacks=0
 if $show; then
   progress
+  echo "$now"
   exit 0
 fi
 if $dry_run; then
@@ -90,8 +97,8 @@ for signal in TERM INT USR1; do
   trap "pass_on $signal" "$signal"
 done
 
-first=$(progress)
-best=$first starts=0 stalls=0
+progress
+first=$now best=$now went_back=$rollbacks starts=0 stalls=0
 while ! $stopping; do
   starts=$((starts + 1))
   "$@" &
@@ -100,9 +107,9 @@ while ! $stopping; do
   while interrupted=false && wait "$child"; code=$?; $interrupted; do :; done # a signal ends the wait, not the child
   child=''
 
-  now=$(progress)
-  if ((now > best)); then
-    best=$now stalls=0
+  progress
+  if ((now > best || rollbacks > went_back)); then
+    best=$now went_back=$rollbacks stalls=0
   else
     stalls=$((stalls + 1))
   fi
@@ -127,7 +134,7 @@ while ! $stopping; do
   done
 done
 
-say "stopped by a signal at step $(progress); the same command goes on"
+say "stopped by a signal at step $now; the same command goes on"
 if $near_end && [[ -n $requeue ]]; then
   if ((best > first)); then
     bash -c "$requeue"

@@ -8,7 +8,8 @@ With --step a line for each sample of that step; with --sample the whole text of
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from absl import flags
 from bloomjax import config
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
+from bloomjax.position import read_skipped
+from bloomjax.skips import Skips
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 _FLAGS = flags.FlagValues()
@@ -50,19 +53,21 @@ def describe(data: OpenTrainData, vocabulary: Vocabulary, sample: int) -> dict[s
     }
 
 
-def samples_asked_for() -> range:
+def samples_asked_for(data: OpenTrainData) -> Sequence[int]:
     """Sample numbers. BadInput unless exactly one of --sample and --step is given, and it exists."""
     sample, step = _SAMPLE.value, _STEP.value
     if sample is not None and step is None:
         if sample < 0:
             raise BadInput(f"--sample={sample}: samples are numbered from 0")
-        return range(sample, sample + 1)
+        return [sample]
     if step is None or sample is not None:
         raise BadInput("give one of --sample=K (from 0) and --step=N (from 1)")
     if step < 1:
         raise BadInput(f"--step={step}: steps are numbered from 1")
-    schedule = config.build("train.batch_schedule")
-    return range(schedule.samples_after(step - 1), schedule.samples_after(step))
+    # What the run has rolled back is no longer in its sequence.
+    skipped = read_skipped(Path(config.build("train.model_dir")))
+    data.skip(Skips.of([*data.kept.skips.ranges, *skipped]))
+    return data.samples_of(step, config.build("train.batch_schedule")).tolist()
 
 
 def lines(found: dict[str, Any], whole: bool) -> Iterator[str]:
@@ -84,8 +89,8 @@ def lines(found: dict[str, Any], whole: bool) -> Iterator[str]:
 
 def show_sample() -> None:
     """Prints what the flags ask for."""
-    samples = samples_asked_for()
     data = config.build("train.train_data").open()
+    samples = samples_asked_for(data)
     vocabulary = open_vocabulary(config.build("train.vocabulary_path"))
     if vocabulary.fingerprint != data.store.vocabulary_fingerprint:
         raise BadInput(f"{vocabulary.path} did not make the store {data.store.path}")
