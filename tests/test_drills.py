@@ -16,7 +16,7 @@ FLAGS = (
     "--gin.BloomConfig.dtype='float32'", f"--gin.TRAIN_STEPS={STEPS}", "--gin.EVAL_EVERY_STEPS=12",
     "--gin.SAVE_EVERY_STEPS=4", "--gin.SpikeGuard.min_steps=4", "--gin.SpikeGuard.window_steps=8",
     "--gin.SpikeGuard.loss_deviations=2.0", "--gin.ReplicaCheck.every_steps=5",
-    "--gin.Stragglers.every_steps=5", "--gin.Watchdog.limit_seconds=6",
+    "--gin.Stragglers.every_steps=5", "--gin.Watchdog.limit_seconds=10",
 )  # fmt: skip
 
 
