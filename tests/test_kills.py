@@ -19,7 +19,7 @@ import tiny_run
 from cluster import Cluster
 
 SAVED_STEP = 8
-MESHES = ((2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 2, 4))
+MESHES = ((2, 2, 2), (8, 1, 1), (1, 2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,13 @@ def test_a_killed_run_ends_as_an_undisturbed_one(drill, bench):
 
 
 @pytest.mark.slow
-def test_six_killed_runs(drill, bench):
+def test_four_killed_runs(drill, bench):
     bench.prepare(2)
-    rows = [bench.drill(plan) for plan in drill.plans(6, seed=1)]
+    rows = [bench.drill(plan) for plan in drill.plans(4, seed=1)]
     assert not [row["problems"] for row in rows if row["problems"]]
     found = drill.totals(rows)
-    assert found["runs_by_processes"] == {"1": 3, "2": 3}
-    assert found["runs_with_first_kill_in_save"] >= 2 and found["kills"] >= 6
+    assert found["runs_by_processes"] == {"1": 2, "2": 2}
+    assert found["runs_with_first_kill_in_save"] >= 1 and found["kills"] >= 4
 
 
 def test_plans_are_those_of_the_drill(drill):
