@@ -577,7 +577,10 @@ class Run:
             return
         screen.print_losses(self._metrics)
         screen.print_samples(prompts, samples)
-        print(f"checkpoint: {self._checkpoints.directory}/{self.step}")
+        place = self._checkpoints.directory  # to a local one MODEL_DIR has a link
+        if "://" not in str(place):
+            place = self.model_dir / "checkpoints"
+        print(f"checkpoint: {place}/{self.step}")
         if self._was_done:
             print(
                 f"all {self.step} steps are done; to go further raise TRAIN_STEPS, for example "
