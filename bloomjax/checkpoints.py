@@ -397,8 +397,7 @@ class Checkpoints:
         if now < self._next_try:
             return False
         self._next_try = now + _RETRY_SECONDS
-        free = self.folder.free_bytes()
-        return free is None or free >= self._needed_bytes
+        return self._has_room()
 
     def wait(self, save_again: Callable[[], Any] | None = None) -> None:
         """Until what is being saved is on disk.

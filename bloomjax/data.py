@@ -385,6 +385,13 @@ class OpenTrainData:
         length = self.sequence_length_of(int(samples[0]))
         return put_batch(tokens, num_rows(len(samples)), length + 1, mesh)
 
+    def first_step_like(self, step: int, schedule: BatchSchedule) -> int:
+        """The first step of the phase that `step` (1-based) belongs to."""
+        before = schedule.samples_after(step - 1)
+        stretches = self.kept.stretches
+        first = max(s.first_sample for s in stretches if s.first_sample <= before)
+        return schedule.steps_within(first) + 1
+
     def samples_of(self, step: int, schedule: BatchSchedule) -> np.ndarray:
         """Numbers of the samples that `step` (1-based) takes, int64."""
         return self.kept.samples(schedule.samples_after(step - 1), schedule.batch_size(step))

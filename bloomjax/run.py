@@ -149,7 +149,6 @@ class Run:
         restored = self._checkpoints.restore(abstract, self.position.check, from_params)
         for problem in self._checkpoints.problems:
             self._journal.write("damaged_checkpoint", problem=problem)
-        self._checkpoints.problems.clear()
         self._note_incidents()
         self._pending = None
         self._is_save_called = self._is_save_owed = False
@@ -287,9 +286,8 @@ class Run:
         if self._health.guard is None:
             return None
         # Another phase is another loss: what was before says nothing.
-        before = self._batch_schedule.samples_after(step - 1)
-        first = max(s.first_sample for s in self._data.kept.stretches if s.first_sample <= before)
-        return self._health.guard.limits(step, self._batch_schedule.steps_within(first) + 1)
+        first_step = self._data.first_step_like(step, self._batch_schedule)
+        return self._health.guard.limits(step, first_step)
 
     def finish_step(self, state: TrainState, metrics: dict[str, jax.Array]) -> TrainState:
         """Counts the step just dispatched, whose state is returned, and writes the record of the one before.

@@ -302,9 +302,7 @@ class Replay:
         before = self.schedule.samples_after(step - 1)
         limits = None
         if self.guard:
-            stretches = self.data.kept.stretches
-            first = max(s.first_sample for s in stretches if s.first_sample <= before)
-            limits = self.guard.limits(step, self.schedule.steps_within(first) + 1)
+            limits = self.guard.limits(step, self.data.first_step_like(step, self.schedule))
         return np.float32(self.learning_rate(before)), self._dropout_key, limits
 
     def take(self, state: Any, step: int) -> tuple[Any, dict[str, Any]]:
