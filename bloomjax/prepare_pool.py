@@ -11,8 +11,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from multiprocessing import connection
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing import connection, resource_tracker
 from typing import Any, TypeVar
 
 from bloomjax.errors import BadInput
@@ -51,7 +51,8 @@ def run(
         for _ in range(min(num_workers, len(tasks))):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, function), daemon=True)
-            process.start()
+            with _without_interrupts():
+                process.start()
             theirs.close()  # else its end would not be noticed
             workers[ours] = process, waiting.pop()
             _send(ours, workers[ours][1])
@@ -77,6 +78,28 @@ def run(
         for pipe, (process, _) in workers.items():
             process.join()
             pipe.close()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal: this one ends the others, which begin with it blocked, for they would
+    print a traceback each if it came before they could ask for that themselves. Here it waits for the end of the block.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers are not its business
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it would take the block away
+    came: list[int] = []
+    # The mask is for the child; this process has other threads, which may take the signal.
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _send(pipe: connection.Connection, task: Any) -> None:
@@ -107,7 +130,6 @@ def _receive(pipe: connection.Connection, process: Any, task: Any) -> tuple[str,
 
 def _work(pipe: connection.Connection, function: Callable[[Any, Report], Any]) -> None:
     """A worker: tasks come through the pipe, reports and results go back, until the parent closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
