@@ -1,4 +1,4 @@
-"""Causal attention with ALiBi: the slopes, the scores, the plain XLA kernel and attention over a cache.
+"""Attention with ALiBi: the slopes, the scores and the plain XLA kernel.
 
 Dimension key: B batch, L query length, S key length, H heads, K head_dim. Arrays end in their letters.
 """
@@ -44,6 +44,13 @@ def document_numbers(tokens_BL: jax.Array, document_end_id: int) -> jax.Array:
     return jnp.cumsum(is_end_BL, axis=1) - is_end_BL
 
 
+def prefix_last_key(prefix_length_B: jax.Array, length: int) -> jax.Array:
+    """`last_key_BL` of a prefix LM, int32 [B, L]: tokens of the prefix see all of it, those after it what is before."""
+    position_1L = jnp.arange(length, dtype=jnp.int32)[None]
+    prefix_B1 = prefix_length_B.astype(jnp.int32)[:, None]
+    return jnp.where(position_1L < prefix_B1, prefix_B1 - 1, position_1L)
+
+
 def alibi_scores(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
@@ -52,15 +59,16 @@ def alibi_scores(
     k_valid_BS: jax.Array | None = None,
     rounding: str = "exact",
     documents: tuple[jax.Array, jax.Array] | None = None,
+    last_key_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Masked scores before the softmax, float32 [B, H, L, S]: q.k/sqrt(K) + slope*(key - query position).
 
     The bias is exact in float32. `rounding="bf16_hf"` is for comparisons only, with transformers in bfloat16 (and, but
     for ties, Megatron-DeepSpeed, which trained BLOOM so): slope*(number of valid keys before), equal up to a row
     constant, is rounded to bfloat16 and so is its sum with q.k, each by up to 4 at position 2047.
-    Keys stand at positions 0..S-1; those after the query, of another document than the query's (`documents` has the
-    numbers of both, [B, L] and [B, S]), and those where `k_valid_BS` is False are masked. Distances within a document
-    are what they would be if it stood alone.
+    Keys stand at positions 0..S-1; those after the query (or after `last_key_BL`, see `xla_attention`), of another
+    document than the query's (`documents` has the numbers of both, [B, L] and [B, S]), and those where `k_valid_BS` is
+    False are masked. Distances within a document are what they would be if it stood alone.
     """
     scores_BHLS = _dot("BLHK,BSHK->BHLS", q_BLHK, k_BSHK)
     distance_LS = jnp.arange(k_BSHK.shape[1])[None, :] - q_position_L[:, None]
@@ -71,26 +79,26 @@ def alibi_scores(
         valid_BS = jnp.ones((1, k_BSHK.shape[1])) if k_valid_BS is None else k_valid_BS
         bias_BHS = _to_bf16(slopes_H[None, :, None] * (jnp.cumsum(valid_BS, axis=1) - 1.0)[:, None])
         scores_BHLS = _to_bf16(scores_BHLS * q_BLHK.shape[-1] ** -0.5 + bias_BHS[:, :, None])
-    visible_1LS = (distance_LS <= 0)[None]
+    visible_BLS = (distance_LS <= 0)[None]
+    if last_key_BL is not None:
+        visible_BLS = jnp.arange(k_BSHK.shape[1])[None, None] <= last_key_BL[:, :, None]
     if documents is not None:
         q_documents_BL, k_documents_BS = documents
-        visible_1LS = visible_1LS & (q_documents_BL[:, :, None] == k_documents_BS[:, None, :])
-    scores_BHLS = jnp.where(visible_1LS[:, None], scores_BHLS, _MASKED)
+        visible_BLS = visible_BLS & (q_documents_BL[:, :, None] == k_documents_BS[:, None, :])
+    scores_BHLS = jnp.where(visible_BLS[:, None], scores_BHLS, _MASKED)
     if k_valid_BS is not None:
         scores_BHLS = jnp.where(k_valid_BS[:, None, None, :], scores_BHLS, _MASKED)
     return scores_BHLS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL):
-    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL
-    return _xla_forward(rounding, keep_scale, *arrays)[0]
+def _xla_attention(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, seen):
+    return _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, seen)[0]
 
 
-def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL):
-    scores_BHLS = block_scores(
-        (0, q_BLHK.shape[1]), q_BLHK, k_BSHK, slopes_H, rounding, documents_BL
-    )
+def _xla_forward(rounding, keep_scale, q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, seen):
+    block = 0, q_BLHK.shape[1], k_BSHK.shape[1]
+    scores_BHLS = block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, seen)
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
     context_BLHK = context_of(p_BHLS, v_BSHK, keep_BHLS, keep_scale)
     # Named here, where the backward pass takes it from: then a policy that keeps it spares the whole product.
@@ -104,7 +112,7 @@ def _xla_backward(_, keep_scale, residuals, g_BLHK):
         p_BHLS, q_BLHK, k_BSHK, v_BSHK, context_BLHK, g_BLHK, keep_BHLS, keep_scale
     )
     dq_BLHK, dk_BSHK, dv_BSHK = (grad.astype(q_BLHK.dtype) for grad in grads)
-    # The slopes are constants of the architecture, the dropout mask is random, documents are whole numbers: not
+    # The slopes are constants of the architecture, the dropout mask is random, what is seen are whole numbers: not
     # differentiated.
     return dq_BLHK, dk_BSHK, dv_BSHK, jnp.zeros_like(slopes_H), None, None
 
@@ -112,16 +120,21 @@ def _xla_backward(_, keep_scale, residuals, g_BLHK):
 _xla_attention.defvjp(_xla_forward, _xla_backward)
 
 
-def block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL):
-    """`alibi_scores` of the queries [first, last) of a window with the keys before `last`; the others are masked."""
-    first, last = block
+def block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, seen):
+    """`alibi_scores` of the queries [first, last) of a window with the keys before `end`; the others are masked.
+
+    `seen` is (documents_BL, last_key_BL), each or None.
+    """
+    first, last, end = block
+    documents_BL, last_key_BL = seen
     documents = None
     if documents_BL is not None:
-        documents = documents_BL[:, first:last], documents_BL[:, :last]
-    position_L = jnp.arange(first, last)
+        documents = documents_BL[:, first:last], documents_BL[:, :end]
+    if last_key_BL is not None:
+        last_key_BL = last_key_BL[:, first:last]
     return alibi_scores(
-        q_BLHK[:, first:last], k_BSHK[:, :last], slopes_H, position_L, rounding=rounding,
-        documents=documents,
+        q_BLHK[:, first:last], k_BSHK[:, :end], slopes_H, jnp.arange(first, last), rounding=rounding,
+        documents=documents, last_key_BL=last_key_BL,
     )  # fmt: skip
 
 
@@ -154,13 +167,24 @@ def xla_attention(
     slopes_H: jax.Array,
     *,
     documents_BL: jax.Array | None = None,
+    last_key_BL: jax.Array | None = None,
     rounding: str = "exact",
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal self-attention with ALiBi on any platform; holds the [B, H, L, S] probabilities.
+    """Self-attention with ALiBi on any platform; holds the [B, H, L, S] probabilities.
 
-    q, k, v share one floating dtype and L = S; softmax in float32. Returns the context [B, L, H, K] in that dtype.
+    Args:
+      q_BLHK, k_BSHK, v_BSHK: of one floating dtype, L = S; softmax in float32.
+      slopes_H: float32, positive.
+      documents_BL: int32, growing along the row: a query sees keys of its own document only. None: all.
+      last_key_BL: int32, the position of the last key each query sees, at least its own; None for its own (causal).
+        `prefix_last_key` makes it from the length of a prefix.
+      rounding: of ALiBi, see `alibi_scores`.
+      dropout_rate: of the probabilities, where there is a `dropout_rng`.
+
+    Returns:
+      The context [B, L, H, K] in the inputs' dtype.
     """
     keep_BHLS, keep_scale = None, 1.0
     if dropout_rate > 0.0 and dropout_rng is not None:
@@ -168,25 +192,5 @@ def xla_attention(
         shape = (B, H, L, k_BSHK.shape[1])
         keep_BHLS = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
         keep_scale = 1.0 / (1.0 - dropout_rate)
-    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, documents_BL
+    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, keep_BHLS, (documents_BL, last_key_BL)
     return _xla_attention(rounding, keep_scale, *arrays)
-
-
-def cached_attention(
-    q_BLHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
-    slopes_H: jax.Array,
-    *,
-    start: jax.Array,
-    k_valid_BS: jax.Array,
-    rounding: str = "exact",
-) -> jax.Array:
-    """Attention of L new queries at positions start.. over a key/value cache of S slots; not differentiated.
-
-    `k_valid_BS` is False for slots that hold padding (or nothing yet). Returns [B, L, H, K].
-    """
-    position_L = start + jnp.arange(q_BLHK.shape[1])
-    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS, rounding)
-    p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
-    return _dot("BHLS,BSHK->BLHK", p_BHLS, v_BSHK).astype(q_BLHK.dtype)

@@ -12,9 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from bloomjax.attention import attention_grads, block_scores, context_of
 
 
-def _blocks(length, block_tokens):
-    """[first, last) of each block of queries; the last one may be shorter."""
-    return [(a, min(a + block_tokens, length)) for a in range(0, length, block_tokens)]
+def _blocks(length, block_tokens, seen):
+    """[first, last) of each block of queries (the last one may be shorter), and the end of the keys it may see."""
+    lasts = [(a, min(a + block_tokens, length)) for a in range(0, length, block_tokens)]
+    is_causal = seen[1] is None
+    return [(first, last, last if is_causal else length) for first, last in lasts]
 
 
 def _kept(dropout_rate, dropout_rng, block, shape):
@@ -26,45 +28,46 @@ def _kept(dropout_rate, dropout_rng, block, shape):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL):
-    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL
+def _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, seen):
+    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, seen
     return _blocked_forward(options, *arrays)[0]
 
 
-def _blocked_forward(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL):
+def _blocked_forward(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, seen):
     rounding, rate, block_tokens = options
     parts = []
-    for block in _blocks(q_BLHK.shape[1], block_tokens):
-        scores_BHLS = block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, documents_BL)
+    for block in _blocks(q_BLHK.shape[1], block_tokens, seen):
+        scores_BHLS = block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, seen)
         p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
         keep_BHLS = _kept(rate, dropout_rng, block, p_BHLS.shape)
-        context_BLHK = context_of(p_BHLS, v_BSHK[:, : block[1]], keep_BHLS, 1.0 / (1.0 - rate))
+        context_BLHK = context_of(p_BHLS, v_BSHK[:, : block[2]], keep_BHLS, 1.0 / (1.0 - rate))
         parts.append((context_BLHK, jax.nn.logsumexp(scores_BHLS, axis=-1)))
     contexts, lses = zip(*parts, strict=True)
     context_BLHK = checkpoint_name(jnp.concatenate(contexts, axis=1), "context")
     lse_BHL = checkpoint_name(jnp.concatenate(lses, axis=2), "context")
-    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL
+    arrays = q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, seen
     return context_BLHK, (*arrays, context_BLHK, lse_BHL)
 
 
 def _blocked_backward(options, residuals, g_BLHK):
     rounding, rate, block_tokens = options
     *arrays, context_BLHK, lse_BHL = residuals
-    q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, documents_BL = arrays
+    q_BLHK, k_BSHK, v_BSHK, slopes_H, dropout_rng, seen = arrays
     dq_blocks = []
     dk_BSHK = dv_BSHK = jnp.zeros(k_BSHK.shape, jnp.float32)
-    for first, last in _blocks(q_BLHK.shape[1], block_tokens):
-        queries, keys = slice(first, last), slice(0, last)
+    for block in _blocks(q_BLHK.shape[1], block_tokens, seen):
+        first, last, end = block
+        queries, keys = slice(first, last), slice(0, end)
         # One block after the other, and none from the scores of a forward pass that was just done again: XLA would keep
         # those of all blocks, 4 GiB a device of BLOOM-176B.
         q_BLHK, k_BSHK, dk_BSHK, dv_BSHK = jax.lax.optimization_barrier(
             (q_BLHK, k_BSHK, dk_BSHK, dv_BSHK)
         )
-        scores_BHLS = block_scores((first, last), q_BLHK, k_BSHK, slopes_H, rounding, documents_BL)
+        scores_BHLS = block_scores(block, q_BLHK, k_BSHK, slopes_H, rounding, seen)
         p_BHLS = jnp.exp(scores_BHLS - lse_BHL[:, :, queries, None]).astype(v_BSHK.dtype)
         dq_block, dk_block, dv_block = attention_grads(
             p_BHLS, q_BLHK[:, queries], k_BSHK[:, keys], v_BSHK[:, keys], context_BLHK[:, queries],
-            g_BLHK[:, queries], _kept(rate, dropout_rng, (first, last), p_BHLS.shape),
+            g_BLHK[:, queries], _kept(rate, dropout_rng, block, p_BHLS.shape),
             1.0 / (1.0 - rate),
         )  # fmt: skip
         dq_blocks.append(dq_block.astype(q_BLHK.dtype))
@@ -84,6 +87,7 @@ def blocked_attention(
     slopes_H: jax.Array,
     *,
     documents_BL: jax.Array | None = None,
+    last_key_BL: jax.Array | None = None,
     rounding: str = "exact",
     dropout_rate: float = 0.0,
     dropout_rng: jax.Array | None = None,
@@ -97,4 +101,5 @@ def blocked_attention(
     rate, rng = (0.0, None) if dropout_rng is None else (dropout_rate, dropout_rng)
     rng = None if rate == 0.0 else rng
     options = rounding, rate, block_tokens
-    return _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, rng, documents_BL)
+    seen = documents_BL, last_key_BL
+    return _blocked(options, q_BLHK, k_BSHK, v_BSHK, slopes_H, rng, seen)

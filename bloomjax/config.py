@@ -51,6 +51,8 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.stragglers", ("Stragglers",)),
     ("bloomjax.drift", ("ReplicaCheck",)),
     ("bloomjax.fault", ("fault",)),
+    ("bloomjax.energy_meter", ("Energy",)),
+    ("bloomjax.predicted_loss", ("PredictedLoss",)),
     ("bloomjax.metrics", ("EventFileWriter", "clu_writer")),
     ("bloomjax.train_step", ("StepOptions",)),
     ("bloomjax.prepare", ("prepare",)),

@@ -4,8 +4,10 @@ import contextlib
 from typing import Any
 
 from bloomjax.drift import ReplicaCheck
+from bloomjax.energy_meter import Energy
 from bloomjax.fault import Fault
 from bloomjax.guard import SpikeGuard
+from bloomjax.predicted_loss import PredictedLoss
 from bloomjax.stops import StopConditions
 from bloomjax.stragglers import Stragglers
 from bloomjax.watchdog import Watchdog
@@ -21,6 +23,8 @@ class Health:
       stragglers: names slow hosts and devices.
       replicas: compares copies.
       fault: faults on purpose.
+      energy: books joules in the journal.
+      predicted_loss: compares the loss with what a sweep predicts.
     """
 
     def __init__(
@@ -32,6 +36,8 @@ class Health:
         stragglers: Stragglers | None = None,
         replicas: ReplicaCheck | None = None,
         fault: Fault | None = None,
+        energy: Energy | None = None,
+        predicted_loss: PredictedLoss | None = None,
     ):
         self.stops = stops or StopConditions()
         self.guard = guard
@@ -39,6 +45,8 @@ class Health:
         self.stragglers = stragglers
         self.replicas = replicas
         self.fault = fault
+        self.energy = energy
+        self.predicted_loss = predicted_loss
 
     def beat(self, step: int | None = None) -> None:
         """Something has moved: `step`, or a batch of evaluation, is finished."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 class FlopsOf(NamedTuple):
     """FLOPs of all devices together, and what is not in them.
 
-    flops: 2mkn for each product of m x k by k x n, as often as it runs.
+    flops: 2mkn for each product of m x k by k x n, as often as it runs; of a kernel what its cost estimate says, of
+    cuDNN's attention two products of causal (half) scores forward and five backward.
     opaque: names of what may hold matrix products that could not be counted, each once: kernels, convolutions, linear
         algebra, and "while" for loops of unknown length, whose matrix products are counted once.
     """
@@ -23,7 +24,7 @@ class FlopsOf(NamedTuple):
 
 # Neither elementwise nor made of other operations: what they compute is not to be seen, or is no plain product.
 _OPAQUE = {
-    "pallas_call", "ffi_call", "custom_partitioning", "pure_callback", "io_callback", "triton_kernel_call",
+    "pallas_call", "mpmd_map", "ffi_call", "custom_partitioning", "pure_callback", "io_callback", "triton_kernel_call",
     "tpu_custom_call", "mosaic_gpu", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "cholesky",
     "eig", "eigh", "lu", "qr", "svd", "triangular_solve", "custom_linear_solve", "fft", "scaled_matmul",
     "dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper",
@@ -49,7 +50,9 @@ def _count(jaxpr: Any) -> tuple[int, list[str]]:
             flops += _dot_flops(equation)
             continue
         if name in _OPAQUE:
-            opaque.append(_name(name, params))
+            own = _kernel_flops(equation)
+            flops += own or 0
+            opaque += [_name(name, params)] * (own is None)
             continue
         counts = [_count(inner) for inner in _inner(params)]
         opaque += [each for _, names in counts for each in names]
@@ -64,6 +67,21 @@ def _count(jaxpr: Any) -> tuple[int, list[str]]:
             opaque.append("while")
         flops += times * sum(count[0] for count in counts)
     return flops, opaque
+
+
+def _kernel_flops(equation: Any) -> int | None:
+    """What a kernel says of itself, or what is known of it; None for nothing."""
+    if estimate := equation.params.get("cost_estimate"):
+        return estimate.flops
+    products = {
+        "dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5
+    }.get(equation.primitive.name)  # fmt: skip
+    if products is None:
+        return None
+    q_shape, k_shape = (equation.invars[i].aval.shape for i in (0, 1))
+    if equation.params["layout"] == 0:  # cuDNN's BTNH; causal, so half of the scores
+        return products * math.prod(q_shape) * k_shape[1]
+    return products * math.prod(q_shape) * k_shape[2]
 
 
 def _dot_flops(equation: Any) -> int:

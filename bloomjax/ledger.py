@@ -68,6 +68,7 @@ class Ledger:
         self._closed_lines = b""  # stands there before the open line, until the disk has taken it
         self._width = 0  # of the open line; what replaces it must cover it
         self._has_complained = False
+        self._step_seconds = 0.0  # of the intervals before the open one
         here = {
             "host": os.uname().nodename, "pid": os.getpid(), "pid_namespace": pid_namespace(), "created": created
         }  # fmt: skip
@@ -118,6 +119,17 @@ class Ledger:
                 self._line["plan"] = {"num_steps": num_steps, "step": step, **fields}
                 self._write()
 
+    def seconds(self) -> tuple[float, float]:
+        """Of this start so far: all of them, and those in the phase "step". Zeros without `enabled`."""
+        with self._lock:
+            if not self._is_open:
+                return 0.0, 0.0
+            age = time.monotonic() - self._origin
+            return age, self._step_seconds + self._seconds_in_step(age)
+
+    def _seconds_in_step(self, age: float) -> float:
+        return age - self._begun if self._line["phase"] == "step" else 0.0
+
     def close(self, code: int | None = None, reason: str = "") -> None:
         """Writes how this start ends: its exit code, and why in a word or two ("done", "SIGTERM"). The last line."""
         with self._lock:
@@ -143,6 +155,7 @@ class Ledger:
 
     def _next(self, phase: str) -> None:
         age = round(time.monotonic() - self._origin, 3)
+        self._step_seconds += self._seconds_in_step(age)
         self._closed_lines += self._encoded(age)
         self._width = 0
         self._begin(phase, age, {})

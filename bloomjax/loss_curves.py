@@ -161,8 +161,11 @@ class Verdict:
     hidden_params: float | None = None
 
 
-class _Expectation:
-    """What a fit with its profile expects of a run of `params` parameters and `end_tokens` tokens."""
+class Expectation:
+    """What a fit with its profile expects of a run of `params` parameters and `end_tokens` tokens.
+
+    BadInput for a law that gives no loss, or has no profile.
+    """
 
     def __init__(self, fit: Fit, params: float, end_tokens: float):
         law = fit.law
@@ -202,14 +205,17 @@ class _Expectation:
         return self.loss(np.stack([mean, mean - self.limit * spread, mean + self.limit * spread]))
 
 
-def check(curve: Curve, end_tokens: float, fit: Fit) -> Verdict:
+def check(
+    curve: Curve, end_tokens: float, fit: Fit, expectation: Expectation | None = None
+) -> Verdict:
     """Compares the loss of a run so far with what `fit`, of runs on the same text, expects of it.
 
-    curve: smoothed as the curves behind the fit were. end_tokens: what it will have seen at its end.
+    curve: smoothed as the curves behind the fit were. end_tokens: what it will have seen at its end. expectation: that
+    of `fit` for this run, if it is at hand.
     It is flagged when the mean excess over the last tenth of what is done leaves the band: bootstrap of the law, spread
     of the sweep's runs around it, Student's t at ALARM_CHANCE. BadInput for a law that gives no loss or has no profile.
     """
-    expectation = _Expectation(fit, curve.params, end_tokens)
+    expectation = expectation or Expectation(fit, curve.params, end_tokens)
     fraction = min(1.0, float(curve.tokens[-1] / end_tokens))
     at_end = expectation.band(np.ones(1))[:, 0].tolist()
     fractions = expectation.profile.fractions
@@ -262,6 +268,27 @@ def check(curve: Curve, end_tokens: float, fit: Fit) -> Verdict:
     )
 
 
+def loss_kind_of(fit: Fit, otherwise: str = "train") -> str:
+    """Which loss the law is of: "train" or "validation"."""
+    return fit.details.get("text", {}).get("loss_kind", otherwise)
+
+
+def check_text(verdict: Verdict, fit: Fit, here: Mapping[str, str]) -> Verdict:
+    """The same, or that it cannot tell, where the runs behind the law had another vocabulary or sequence length.
+
+    here: those of the run, as `scaling_runs.text_of_run` gives them.
+    """
+    text = fit.details.get("text", {})
+    reasons = [
+        f"{name} is {value} here, {text[name]} in the runs behind the law: their losses cannot be compared"
+        for name, value in here.items()
+        if name in text and text[name] != value
+    ]
+    if not reasons:
+        return verdict
+    return dataclasses.replace(verdict, verdict="cannot tell", reasons=[*reasons, *verdict.reasons])
+
+
 def _about_schedule(curve: Curve, end_tokens: float) -> list[str]:
     if curve.schedule_tokens is None:
         return ["where its cosine ends is not known"]
@@ -273,7 +300,7 @@ def _about_schedule(curve: Curve, end_tokens: float) -> list[str]:
     ]
 
 
-def _why_not(curve: Curve, fraction: float, expectation: _Expectation) -> str:
+def _why_not(curve: Curve, fraction: float, expectation: Expectation) -> str:
     first = float(expectation.profile.fractions[0])
     if curve.loss[-1] <= expectation.floor:
         return f"its loss {curve.loss[-1]:.4g} is below the E = {expectation.floor:.4g} of the law"

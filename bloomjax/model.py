@@ -19,10 +19,10 @@ from bloomjax import partitioning
 from bloomjax.attention import (
     ALIBI_ROUNDINGS,
     alibi_slopes,
-    cached_attention,
     document_numbers,
 )
-from bloomjax.attention_kernels import get_kernel
+from bloomjax.attention_kernels import attend, check_kernel
+from bloomjax.cached_attention import cached_attention
 from bloomjax.dense import Dense
 from bloomjax.embedding import embed
 from bloomjax.errors import BadInput
@@ -53,7 +53,8 @@ class BloomConfig:
       gradient_dtype: in which the layers' weight gradients are summed over devices; "bfloat16" sends half the bytes.
       init_std: of all matrices; the two that write to the residual stream use init_std / sqrt(2 num_layers).
       hidden_dropout_rate: on the embedding and on both residual branches. attention_dropout_rate: on the probabilities.
-      attention_kernel: a name of attention_kernels.KERNELS.
+      attention_kernel: a name of attention_kernels.KERNELS; "auto" takes that of the platform.
+      skip_far_blocks: let kernels leave out keys that ALiBi puts out of float32's reach (see block_skipping).
       document_end_id: the token that ends a document, 2 for BLOOM's </s>: attention then does not look beyond it. None
         for BLOOM's own way, where a window is one text. Decoding does not ask: a prompt is one document.
       alibi_rounding: "exact", or "bf16_hf" for comparisons with transformers in bfloat16 (see attention.alibi_scores).
@@ -75,7 +76,8 @@ class BloomConfig:
     layer_norm_epsilon: float = 1e-5
     hidden_dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
-    attention_kernel: str = "xla"
+    attention_kernel: str = "auto"
+    skip_far_blocks: bool = True
     document_end_id: int | None = None
     alibi_rounding: str = "exact"
     remat_policy: str = "none"
@@ -113,7 +115,7 @@ class BloomConfig:
             raise BadInput(f"alibi_rounding='bf16_hf' needs dtype='bfloat16', got {self.dtype!r}")
         if self.mask_padding_vocab and self.num_tokens_in_vocab is None:
             raise BadInput("mask_padding_vocab needs num_tokens_in_vocab, how many tokens are real")
-        get_kernel(self.attention_kernel)
+        check_kernel(self.attention_kernel)
 
     @property
     def head_dim(self) -> int:
@@ -226,9 +228,12 @@ class Block(nn.Module):
         slopes_H = jnp.asarray(alibi_slopes(c.num_heads, c.alibi_rounding), jnp.float32)
         if k_valid_BS is None:
             rate = 0.0 if self.deterministic else c.attention_dropout_rate
-            return get_kernel(c.attention_kernel)(
-                q_BLHK, k_BLHK, v_BLHK, slopes_H, documents_BL=documents_BL, rounding=c.alibi_rounding,
-                dropout_rate=rate, dropout_rng=self.make_rng("dropout") if rate else None,
+            # For initial values any will do, and a kernel need not be where they are made: `plan` has no TPU.
+            kernel = "xla" if self.is_initializing() else c.attention_kernel
+            return attend(
+                kernel, q_BLHK, k_BLHK, v_BLHK, slopes_H, documents_BL=documents_BL,
+                rounding=c.alibi_rounding, dropout_rate=rate, skip_far_blocks=c.skip_far_blocks,
+                dropout_rng=self.make_rng("dropout") if rate else None,
             )  # fmt: skip
         B, _, H, K = k_BLHK.shape
         shape = (B, k_valid_BS.shape[1], H, K)

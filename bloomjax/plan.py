@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from bloomjax import config, plan_report, targets
+from bloomjax import config, energy, plan_report, targets
 from bloomjax.errors import BadInput
 
 _FITS, _BAD_INPUT, _DOES_NOT_FIT = 0, 2, 3
@@ -67,6 +67,7 @@ def plan() -> int:
         return _compile_here(Path(_RESULT.value))
     if not _TARGET.value:
         raise BadInput(f"give --target=..., such as {targets.EXAMPLES}")
+    energy.Site(_CO2.value, _PUE.value)  # refused before minutes of compiling
     codes = [_plan_one(name, is_first=number == 0) for number, name in enumerate(_TARGET.value)]
     return _BAD_INPUT if _BAD_INPUT in codes else max(codes)
 

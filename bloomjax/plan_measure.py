@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from bloomjax import flops, hlo, jaxpr_flops, preflight, roofline, train_state, train_step
+from bloomjax import energy, flops, hlo, jaxpr_flops, preflight, roofline, train_state, train_step
 from bloomjax.data import check_filled_shares
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
@@ -76,7 +76,7 @@ class Assumptions:
 
 def shape_figures(setup: Setup, target: Target, assumptions: Assumptions) -> dict[str, Any]:
     """All that needs no compiler; the other figures are None. BadInput where `train` would refuse the configuration."""
-    mesh = abstract_mesh(setup.mesh, target.num_devices)
+    mesh = abstract_mesh(setup.mesh, target)
     return _Plan(setup, target, assumptions, mesh).figures()
 
 
@@ -93,9 +93,27 @@ def compiled_figures(
     return plan.figures()
 
 
-def abstract_mesh(shape: MeshShape, num_devices: int) -> AbstractMesh:
-    """The mesh without devices. BadInput if it does not fit so many."""
-    return AbstractMesh(_mesh_sizes(shape, num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+def abstract_mesh(shape: MeshShape, target: Target) -> AbstractMesh:
+    """The mesh without devices, which knows their kind. BadInput if it does not fit so many."""
+    kind = target.chip.device_kind if target.chip else "cpu"
+    platform = "gpu" if target.platform == "cuda" else target.platform
+    return AbstractMesh(
+        _mesh_sizes(shape, target.num_devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3,
+        abstract_device=jax.sharding.AbstractDevice(kind, None, platform),
+    )  # fmt: skip
+
+
+def check_kernel_of(target: Target, model: Bloom) -> None:
+    """BadInput for an attention kernel of another generation; of another platform the kernel itself says it."""
+    is_hopper = target.chip is not None and target.chip.device_kind in ("H100", "H200")
+    if (
+        model.config.attention_kernel == "flash_hopper"
+        and target.platform == "cuda"
+        and not is_hopper
+    ):
+        raise BadInput(
+            f"target {target.name}: attention kernel 'flash_hopper' is for H100 and H200; take 'flash_gpu'"
+        )
 
 
 def _mesh_sizes(shape: MeshShape, num_devices: int) -> tuple[int, ...]:
@@ -116,6 +134,7 @@ class _Plan:
         self.setup, self.target, self.assumptions, self.mesh = setup, target, assumptions, mesh
         self.limit_bytes = target.memory_limit_bytes
         preflight.check_model(setup.model, mesh, [setup.sequence_length])
+        check_kernel_of(target, setup.model)
         num_rows = functools.partial(setup.step.num_rows, mesh=mesh)
         check_filled_shares(setup.batch_schedule, setup.num_steps, num_rows, setup.max_filled_share)
         self.num_rows = num_rows(setup.batch_size)
@@ -259,6 +278,7 @@ class _Plan:
             "days": None,
             "kwh": None,
             "co2_tonnes": None,
+            "embodied_tonnes": None,
         }
         rate = CHECKPOINT_BYTES_PER_SECOND_AND_HOST * target.num_hosts
         result["checkpoint_seconds"] = result["checkpoint_gib"] * _GIB / rate
@@ -272,7 +292,9 @@ class _Plan:
         watts = self.assumptions.watts or target.chip.watts
         step_tokens = setup.batch_size * setup.sequence_length
         days = tokens / step_tokens * times.step_seconds / 86_400
-        kwh = None if watts is None else days * 24 * target.num_devices * watts / 1000
+        hours = days * 24 * target.num_devices
+        kwh = None if watts is None else hours * watts / 1000
+        site = energy.Site(self.assumptions.grams_co2_per_kwh, self.assumptions.pue)
         mfu = flops.mfu(
             found["model_tflops"] * 1e12, times.step_seconds, 1, target.chip.peak_flops_per_second
         )
@@ -292,8 +314,8 @@ class _Plan:
             "mfu": mfu,
             "days": days,
             "kwh": kwh,
-            "co2_tonnes": kwh
-            and kwh * self.assumptions.pue * self.assumptions.grams_co2_per_kwh / 1e6,
+            "co2_tonnes": None if kwh is None else energy.dynamic_tonnes(kwh, site),
+            "embodied_tonnes": sum(energy.embodied(hours, hours / target.chip.devices_per_host)),
         }  # fmt: skip
 
     def _memory_traffic_bytes(self) -> float:

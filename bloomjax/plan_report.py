@@ -160,7 +160,7 @@ def _time(found: dict[str, Any]) -> list[str]:
     if found["kwh"] is not None:
         power = (
             f"{_number(found['kwh'] / 1000)} MWh at {e['watts']:.0f} W a device; {_number(found['co2_tonnes'])} t CO2 "
-            f"with PUE {e['pue']} and {e['grams_co2_per_kwh']:g} g/kWh"
+            f"with PUE {e['pue']} and {e['grams_co2_per_kwh']:g} g/kWh, {_number(found['embodied_tonnes'])} t embodied"
         )
     compute, memory, serial = (
         _number(e[f"{name}_seconds"]) for name in ("compute", "memory", "no_overlap")

@@ -147,7 +147,7 @@ def _layouts(setup: Setup, target: Target) -> Iterator[Layout]:
         if num % (tensor * data) or data % target.num_slices:
             continue
         fsdp = num // tensor // data
-        mesh: Any = plan_measure.abstract_mesh(MeshShape(data, fsdp, tensor), num)
+        mesh: Any = plan_measure.abstract_mesh(MeshShape(data, fsdp, tensor), target)
         try:
             check_divisible(
                 mesh, sequence_length=setup.sequence_length, vocab_size=c.vocab_size, num_heads=c.num_heads,
@@ -175,7 +175,7 @@ def _guess(layout: Layout, setup: Setup, target: Target, assumptions: Assumption
     shards = layout.data * layout.fsdp
     step = dataclasses.replace(setup.step, microbatch_size_samples=layout.microbatch)
     mesh: Any = plan_measure.abstract_mesh(
-        MeshShape(layout.data, layout.fsdp, layout.tensor), target.num_devices
+        MeshShape(layout.data, layout.fsdp, layout.tensor), target
     )
     num_rows = step.num_rows(setup.batch_size, mesh)
     num_micro = step.num_microbatches(num_rows // shards)

@@ -13,6 +13,7 @@ from bloomjax import config, flops, job, partitioning
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
+from bloomjax.kernel_check import check_attention_kernel
 from bloomjax.model import Bloom
 from bloomjax.token_store import store_exists
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
@@ -35,15 +36,27 @@ def check_model(model: Bloom, mesh: Mesh, sequence_lengths: Iterable[int]) -> No
         )
 
 
-def check_compiler_options(options: Mapping[str, bool | int | str] | None) -> None:
-    """BadInput names an option that this platform's compiler does not know, before minutes go into the model."""
+def check_device(
+    model: Bloom, mesh: Mesh, compiler_options: Mapping[str, bool | int | str] | None
+) -> None:
+    """BadInput if this platform's compiler does not know an option, or the attention kernel fails or is wrong here.
+
+    Both before minutes go into the model.
+    """
     try:
-        jax.jit(lambda x: x, compiler_options=dict(options or {})).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=dict(compiler_options or {})).lower(0.0).compile()
     except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(
             f"StepOptions.compiler_options on {jax.default_backend()}: {reason}"
         ) from None
+    c = model.config
+    difference = check_attention_kernel(
+        c.attention_kernel, c.num_heads, c.head_dim, c.dtype, mesh.local_devices[0],
+        has_masks=c.document_end_id is not None,
+    )  # fmt: skip
+    if difference is not None and job.is_main():
+        print(f"attention kernel {c.attention_kernel}: within {difference:.1e} of float32 scores")
 
 
 def prepare_if_needed(store_dir: str, text_dir: str | None) -> int:

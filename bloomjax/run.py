@@ -102,6 +102,9 @@ class Run:
             self.position = Position(self.model_dir, self._model, self._data, self._batch_schedule)
             if health.fault:
                 health.fault.open(self._journal)
+            if health.energy:
+                health.energy.open(self.mesh.local_devices, self._num_devices, self._journal)
+                self._stack.callback(health.energy.close)
         except BaseException as error:
             self._ledger.close(None, type(error).__name__)
             self._stack.close()
@@ -124,6 +127,8 @@ class Run:
             if self._progress:
                 self._progress.close()
         finally:
+            if error is not None:
+                self._book_energy(0.0)
             self._ledger.close(None, reason)
             self._stack.close()
 
@@ -225,6 +230,14 @@ class Run:
             self._batch_schedule.samples_after(self._num_steps)
         )
         self._ledger.note_plan(num_steps=self._num_steps, step=self.step, num_tokens=num_tokens)
+        if self._health.energy:
+            self._health.energy.num_hosts = len({each["host"] for each in processes})
+        if self._is_main and self._health.predicted_loss:
+            self._health.predicted_loss.begin(
+                model_dir=self.model_dir, journal=self._journal, params=self._num_params(), end_tokens=num_tokens,
+                schedule_tokens=self._data.kept.tokens_after(self._learning_rate.decay_samples),
+                sequence_length=self._data.sequence_length,
+            )  # fmt: skip
         if self._is_main:
             if self._config_text.strip():  # empty when no gin file was read
                 write_whole(self.model_dir / "config.gin", self._config_text.encode())
@@ -348,6 +361,8 @@ class Run:
         record, self._pending = self._pending, None
         if record is None:
             return
+        if self._health.predicted_loss:
+            record |= self._health.predicted_loss.note(record)
         self._metrics.write(record)
         self._last_record = record
         if self._writer:
@@ -504,6 +519,7 @@ class Run:
             self._journal.write(
                 "save", step=self.step, samples=self.position.samples, stall_seconds=stall
             )
+            self._book_energy(0.5)
             if self._health.fault:
                 self._health.fault.in_save(self.step)
         self._skip_clocks(started)
@@ -593,6 +609,13 @@ class Run:
             self._checkpoints.wait(save_again=lambda: self.save(state))
         finally:
             self._note_incidents()
+        self._book_energy(2.0)
+
+    def _book_energy(self, wait_seconds: float) -> None:
+        """Of all that was used since the last time; by all processes."""
+        if self._health.energy:
+            seconds, step_seconds = self._ledger.seconds()
+            self._health.energy.book(self.step, seconds, step_seconds, wait_seconds=wait_seconds)
 
     # ---- clocks and counts ----
 
@@ -608,6 +631,12 @@ class Run:
     def _length_at(self, position: int) -> int:
         """Tokens of the sample at this position."""
         return self._data.sequence_length_of(int(self._data.kept.samples(position, 1)[0]))
+
+    def _num_params(self) -> int:
+        c = self._model.config
+        return flops.num_params(
+            vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=c.mlp_width
+        )
 
     def _flops_per_token_of(self, sequence_length: int) -> flops.FlopCount:
         c = self._model.config

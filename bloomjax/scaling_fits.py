@@ -5,8 +5,10 @@ which look for the best size alone, are in frontier_fits.py.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,20 @@ class Fit:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"not a law of `fit --json`: {error!r}") from None
+
+    @classmethod
+    def read(cls, path: str, option: str) -> "Fit":
+        """The file that `fit --json` wrote. BadInput, which names the `option` that gave the path."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BadInput(
+                f"{option}={path} cannot be read: {error}; it should come from fit --json"
+            ) from None
+        try:
+            return cls.from_record(record)
+        except BadInput as error:
+            raise BadInput(f"{option}={path}: {error}") from None
 
 
 def law_of(approach: str, values: Mapping[str, float], details: Mapping[str, Any]) -> AnyLaw:

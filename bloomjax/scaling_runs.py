@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -299,3 +300,10 @@ def _curve(label: str, language: str, rows: list[dict[str, Any]]) -> Curve:
         language=language or None,
         share=share,
     )
+
+
+def text_of_run(model_dir: Path, sequence_length: int) -> dict[str, str]:
+    """What its losses depend on beside size and length, as in TEXTS: a hash of its vocabulary ("" if none), tokens."""
+    files = sorted((model_dir / "vocabulary").glob("*"))
+    vocabulary = hashlib.sha256(files[0].read_bytes()).hexdigest()[:12] if files else ""
+    return {"vocabulary": vocabulary, "sequence_length": str(sequence_length)}

@@ -19,7 +19,7 @@ from bloomjax.health import Health
 from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
 from bloomjax.preflight import (
-    check_compiler_options,
+    check_device,
     check_model,
     keep_vocabulary,
     open_matching_vocabulary,
@@ -95,7 +95,7 @@ def train(
     use_compilation_cache(compilation_cache_dir)
     device_mesh = mesh.build()
     check_model(model, device_mesh, train_data.sequence_lengths)
-    check_compiler_options(step.compiler_options)
+    check_device(model, device_mesh, step.compiler_options)
     num_steps = run_length_steps(batch_schedule, train_steps, train_samples)
     num_rows = functools.partial(step.num_rows, mesh=device_mesh)
     filled = check_filled_shares(batch_schedule, num_steps, num_rows, train_data.max_filled_share)

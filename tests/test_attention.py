@@ -12,12 +12,12 @@ from reference_bloom import jit
 from bloomjax.attention import (
     alibi_scores,
     alibi_slopes,
-    cached_attention,
     document_numbers,
+    prefix_last_key,
     xla_attention,
 )
-from bloomjax.attention_kernels import get_kernel
 from bloomjax.blocked_attention import blocked_attention
+from bloomjax.cached_attention import cached_attention
 from bloomjax.errors import BadInput
 
 # (head, slope) as _build_alibi_tensor of bigscience-workshop/Megatron-DeepSpeed,
@@ -330,12 +330,6 @@ def test_rounded_positions_do_not_count_padding():
     assert np.linalg.norm(got - np.asarray(exact, np.float64)) > 0.01 * np.linalg.norm(got)
 
 
-def test_an_unknown_kernel_is_named():
-    assert get_kernel("xla") is xla_attention
-    with pytest.raises(BadInput, match="no attention kernel 'flash3'; there are: .*xla"):
-        get_kernel("flash3")
-
-
 def test_blocks_see_documents_and_never_make_all_scores():
     q, k, v, g, slopes = problem(2, 256, 4, 64)
     documents = document_numbers(jnp.asarray(np.random.default_rng(0).integers(0, 30, (2, 256))), 2)
@@ -352,3 +346,36 @@ def test_blocks_see_documents_and_never_make_all_scores():
         texts.append(forward_and_backward.lower(q, k, v, g, slopes, kernel=kernel).as_text())
     made = ["4x256x256xf32" in text for text in texts]  # the scores of all queries with all keys
     assert made == [True, False] and "4x32x256xf32" in texts[1]
+
+
+@KERNELS
+def test_a_prefix_sees_itself(kernel):
+    B, L, H, K = 3, 21, 4, 8
+    q, k, v, g, slopes = problem(B, L, H, K)
+    prefix = jnp.array([0, 1, 13])
+    last_key = prefix_last_key(prefix, L)
+    np.testing.assert_array_equal(last_key[:2], [range(L), range(L)])  # prefixes of 0 and 1 token
+    assert last_key[2].tolist() == [12] * 13 + list(range(13, L))
+    found = forward_and_backward(q, k, v, g, slopes, kernel=kernel, last_key_BL=last_key)
+    causal = forward_and_backward(q, k, v, g, slopes, kernel=kernel)
+    np.testing.assert_allclose(found[0][:2], causal[0][:2], atol=1e-6)
+    # Row 2 in float64: bias slope * (key - query) whatever the sign, the square of the prefix open.
+    scores = np.einsum("lhk,shk->hls", *(np.asarray(a[2], np.float64) for a in (q, k))) / K**0.5
+    scores += np.asarray(slopes, np.float64)[:, None, None] * (np.arange(L) - np.arange(L)[:, None])
+    seen = np.tri(L, dtype=bool)
+    seen[:13, :13] = True
+    p = np.exp(np.where(seen, scores, -np.inf))
+    expected = np.einsum("hls,shk->lhk", p / p.sum(-1, keepdims=True), np.asarray(v[2]))
+    np.testing.assert_allclose(found[0][2], expected, atol=2e-6)
+
+
+def test_gradients_of_a_prefix_in_blocks_are_those_of_all_scores():
+    q, k, v, g, slopes = problem(2, 45, 4, 16)
+    seen = {
+        "last_key_BL": prefix_last_key(jnp.array([30, 7]), 45),
+        "documents_BL": jnp.cumsum(jnp.arange(45) % 11 == 0)[None].repeat(2, 0),
+    }
+    whole = forward_and_backward(q, k, v, g, slopes, **seen)
+    blocked = forward_and_backward(q, k, v, g, slopes, kernel=IN_BLOCKS, **seen)
+    for name, got, want in zip(NAMES, blocked, whole, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-6, err_msg=name)

@@ -450,6 +450,7 @@ def two_processes(tmp_path_factory):
     return found, results[0][2], folder
 
 
+@pytest.mark.slow
 def test_the_disk_of_one_process_is_full(two_processes):
     """All learn of it, nothing hangs, and the next save succeeds."""
     found, err, _ = two_processes

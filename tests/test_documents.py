@@ -106,6 +106,7 @@ def test_loss_and_gradient_are_those_of_the_documents(params, mesh_of, shape):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_a_run_with_it(tiny_text, tmp_path):
     """Trains; the losses are others than without it, from the first step on."""
     model = tiny_run.tiny_model(document_end_id=END)

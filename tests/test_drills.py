@@ -42,7 +42,13 @@ def peaceful(tiny_text, tmp_path_factory):
     model_dir = tmp_path_factory.mktemp("peaceful") / "run"
     code, err = unattended(tiny_text, model_dir)
     assert code == 0, err
-    assert {e["event"] for e in journal(model_dir)} <= {"start", "save", "done", "straggler"}
+    assert {e["event"] for e in journal(model_dir)} <= {
+        "start",
+        "save",
+        "energy",
+        "done",
+        "straggler",
+    }
     return model_dir
 
 

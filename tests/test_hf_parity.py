@@ -13,9 +13,9 @@ from bloomjax.attention import (
     ALIBI_ROUNDINGS,
     alibi_scores,
     alibi_slopes,
-    cached_attention,
     xla_attention,
 )
+from bloomjax.cached_attention import cached_attention
 from bloomjax.hf_verify import relative_difference
 
 torch = pytest.importorskip("torch")

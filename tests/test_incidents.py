@@ -155,6 +155,7 @@ def test_skipped_samples_survive_restarts(tiny_text, tmp_path):
         tiny_run.run(tiny_text, model_dir, train_steps=50)
 
 
+@pytest.mark.slow
 def test_a_phase_of_another_length_still_begins_with_a_step(tiny_text, tmp_path):
     phases = [Phase(8 * 30, sequence_length=8)]
     data = dict(store_dir=str(tiny_text.store_dir), sequence_length=16, seed=3, phases=phases)

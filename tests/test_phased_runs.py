@@ -30,6 +30,7 @@ def position(model_dir, step):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_phase_may_be_declared_later_and_only_for_what_is_to_come(tiny_text, tmp_path):
     """10 steps, then a phase for steps 11 to 20, stopped and resumed in it: as declared from the beginning."""
     phase = Phase(10 * tiny_run.BATCH_SIZE, weights=ONE_LANGUAGE)

@@ -20,7 +20,7 @@ PROMISED = {
 }  # fmt: skip
 NEED_A_COMPILER = {
     "peak_gib", "temporaries_gib", "wire_gib", "collectives", "largest", "lint", "step_seconds",
-    "tokens_per_second", "mfu", "days", "kwh", "co2_tonnes", "estimate", "compile_seconds",
+    "tokens_per_second", "mfu", "days", "kwh", "co2_tonnes", "embodied_tonnes", "estimate", "compile_seconds",
 }  # fmt: skip
 GIB = 2**30
 

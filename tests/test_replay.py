@@ -220,6 +220,7 @@ def test_the_halves_of_a_step(runs, call):
     assert "with the highest loss" in lines[5] and "  sample " in lines[6]
 
 
+@pytest.mark.slow
 def test_a_rolled_back_step_is_taken_with_and_without_its_samples(runs, call):
     model_dir = runs("rollback")
     assert json.loads((model_dir / "skipped_samples.json").read_text()) == {"ranges": [[176, 184]]}

@@ -436,6 +436,7 @@ def test_every_overlay_of_a_sweep_builds(gin_file, run, tmp_path):
         assert max(costs) / min(costs) < 1.1 and len(costs) >= 4  # one budget each
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_trains(base_gin, run, tmp_path):
     """The cheapest one, with the command of runs.sh; then `collect` finds it whole, its cosine matched."""
     folder = tmp_path / "sweep"

@@ -18,9 +18,10 @@ from tiny_run import NUM_STEPS, FirstDevices, Text, tiny_model
 from bloomjax import token_store
 from bloomjax.data import OpenTrainData, TrainData
 from bloomjax.errors import BadInput
+from bloomjax.model import Bloom, BloomConfig
 from bloomjax.optimizer import adamw
 from bloomjax.partitioning import MeshShape
-from bloomjax.preflight import check_compiler_options
+from bloomjax.preflight import check_device
 from bloomjax.schedules import BatchSchedule, CosineSchedule
 from bloomjax.train_state import abstract_state
 from bloomjax.train_step import StepOptions, jit_programs
@@ -278,6 +279,7 @@ def test_half_on_one_device_and_half_on_eight(tiny_text, float32_run, tmp_path, 
     np.testing.assert_allclose([*losses.values()], [*float32_run.values()], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_filled_rows_change_nothing(tiny_text, float32_run, tmp_path):
     model_dir = tmp_path / "run"
     assert tiny_run.run(tiny_text, model_dir, mesh=EIGHT, train_steps=10, **FLOAT32) == 0
@@ -638,11 +640,17 @@ def test_all_of_tiny_gin_without_tensorflow(tmp_path):
     assert "checkpoint: runs/tiny/checkpoints/300" in done.stdout
 
 
-def test_a_compiler_option_that_does_not_exist():
-    check_compiler_options(None)
-    check_compiler_options({"xla_cpu_enable_fast_math": False})
+def test_what_the_device_cannot_do(mesh_of):
+    def check(options=None, **changes):
+        shape = dict(vocab_size=8, num_layers=1, emb_dim=8, num_heads=2)
+        check_device(Bloom(BloomConfig(**shape, **changes)), mesh_of(1, 1, 1), options)
+
+    check()
+    check({"xla_cpu_enable_fast_math": False})
+    with pytest.raises(BadInput, match="'flash_tpu' is for TPUs, and this is a CPU; 'auto' takes"):
+        check(attention_kernel="flash_tpu")
     with pytest.raises(
         BadInput, match="StepOptions.compiler_options on cpu: .*xla_nonsense"
     ) as caught:
-        check_compiler_options({"xla_nonsense": 1})
+        check({"xla_nonsense": 1})
     assert "\n" not in str(caught.value)

@@ -322,6 +322,7 @@ def test_never_overwrites_and_refuses_in_one_line(call, tmp_path):
     refuse("VOCAB_SIZE 9000 is too large", "--size=9000")
 
 
+@pytest.mark.slow
 def test_as_a_command(tmp_path):
     """Nothing but the table on stdout, and no word from TensorFlow on stderr."""
     flags = ["--gin_file=tiny.gin", "--kind=bpe", "--size=600", "--output=v.json"]

@@ -208,6 +208,7 @@ def test_something_holds_the_lock_of_the_interpreter(tmp_path):
 # ---- several processes ----
 
 
+@pytest.mark.slow
 def test_one_of_two_hangs_and_the_other_finds_it(tmp_path):
     """So the one that hangs is told to write its stacks, which are those that matter."""
     pair = Cluster(arguments(tmp_path, "python", process=1, limit_seconds=[1.0, 60.0]), 2)

@@ -46,7 +46,7 @@ from bloomjax.scaling_laws import (
     named_laws,
     table_law,
 )
-from bloomjax.scaling_runs import Curve, final_runs, read_curves
+from bloomjax.scaling_runs import Curve, final_runs, read_curves, text_of_run
 
 _FLAGS = flags.FlagValues()
 _APPROACH = flags.DEFINE_string(
@@ -153,7 +153,7 @@ def fit_curves(curves: Sequence[Curve], approach: str, starts: int, bootstrap: i
     if approach == "2":
         return fit_isoflop(runs, num_bootstrap=bootstrap)
     if approach == "repeated":
-        base = _read_law(_LAW.value).law if _is_file(_LAW.value) else DATA_CONSTRAINED.base
+        base = Fit.read(_LAW.value, "--law").law if _is_file(_LAW.value) else DATA_CONSTRAINED.base
         if not isinstance(base, ParametricLaw):
             raise BadInput(
                 f"--law={_LAW.value}: repetition is fitted on top of a law of approach 3"
@@ -303,7 +303,7 @@ def advise(
     """What each law of `law_name` makes of a budget ("flops"), a size ("params") or a length ("tokens")."""
     found: Fit | None = None
     if _is_file(law_name):
-        found = _read_law(law_name)
+        found = Fit.read(law_name, "--law")
         law = found.law
         if isinstance(law, DataConstrainedLaw | ShareLaw):
             raise BadInput(
@@ -539,7 +539,7 @@ def sweep(words: Sequence[str]) -> Any:
             "sweep needs --budgets and --sizes of at least 1, --span above 1, --flops above 0"
         )
     law = (
-        _read_law(_LAW.value).law
+        Fit.read(_LAW.value, "--law").law
         if _is_file(_LAW.value)
         else list(named_laws(_LAW.value).values())[-1]
     )
@@ -593,22 +593,12 @@ def check(words: Sequence[str]) -> Any:
         )
     if _PLOT.value:
         scaling_plots.check_path(_PLOT.value)
-    law = _read_law(_LAW.value)
-    text = law.details.get("text", {})
-    loss_kind = text.get("loss_kind", _LOSS.value)
+    law = Fit.read(_LAW.value, "--law")
+    loss_kind = loss_curves.loss_kind_of(law, _LOSS.value)
     run = scaling_collect.read_run(path)
     curve = run.curve(loss_kind)
     verdict = loss_curves.check(curve, run.end_tokens, law)
-    here = {"vocabulary": run.vocabulary, "sequence_length": str(run.sequence_length)}
-    reasons = [
-        f"{name} is {value} here, {text[name]} in the runs behind the law: their losses cannot be compared"
-        for name, value in here.items()
-        if name in text and text[name] != value
-    ]
-    if reasons:
-        verdict = dataclasses.replace(
-            verdict, verdict="cannot tell", reasons=[*reasons, *verdict.reasons]
-        )
+    verdict = loss_curves.check_text(verdict, law, text_of_run(run.path, run.sequence_length))
     if _PLOT.value:
         scaling_plots.plot_check(verdict, curve, run.end_tokens, _PLOT.value)
     record = dataclasses.asdict(verdict) | {"params": run.params, "end_tokens": run.end_tokens}
@@ -685,19 +675,6 @@ def _renaming() -> dict[str, str]:
 
 def _is_file(law: str) -> bool:
     return "/" in law or law.endswith(".json") or Path(law).is_file()
-
-
-def _read_law(path: str) -> Fit:
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(
-            f"--law={path} cannot be read: {error}; it should come from fit --json"
-        ) from None
-    try:
-        return Fit.from_record(record)
-    except BadInput as error:
-        raise BadInput(f"--law={path}: {error}") from None
 
 
 def _one(words: Sequence[str], verb: str, what: str) -> str:

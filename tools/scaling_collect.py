@@ -1,7 +1,6 @@
 """Runs of bloomjax as rows for scaling laws: size from config.gin, loss from metrics.jsonl."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from bloomjax import config, flops
 from bloomjax.errors import BadInput
 from bloomjax.loss_curves import smooth, thin
-from bloomjax.scaling_runs import Curve
+from bloomjax.scaling_runs import Curve, text_of_run
 from bloomjax.schedules import run_length_steps
 
 COLUMNS = (
@@ -47,7 +46,8 @@ class RunFolder:
     def curve(self, loss_kind: str) -> Curve:
         """Its loss: of each training step under a Gaussian, or held-out at each evaluation."""
         key = "loss" if loss_kind == "train" else "validation_loss"
-        records = [record for record in self.records if key in record and record["step"] > 0]
+        # null: of a step that was not finite, and not taken.
+        records = [r for r in self.records if r.get(key) is not None and r["step"] > 0]
         if not records:
             raise BadInput(f"{self.path}/metrics.jsonl has no {key} yet")
         loss = np.array([record[key] for record in records], float)
@@ -101,7 +101,7 @@ def read_run(path: str) -> RunFolder:
         sequence_length=length,
         end_tokens=batches.samples_after(num_steps) * length,
         schedule_tokens=config.build("train.learning_rate", gin_file).decay_samples * length,
-        vocabulary=_vocabulary(folder),
+        vocabulary=text_of_run(folder, length)["vocabulary"],
         unique_tokens=unique,
         shares=shares,
         records=_records(folder / "metrics.jsonl"),
@@ -130,11 +130,6 @@ def _open_store(gin_file: Path) -> tuple[int | None, dict[str, float] | None]:
         return None, None
     names = data.mixture.names
     return sum(data.store.num_tokens(name, "train") for name in names), data.mixture.shares
-
-
-def _vocabulary(folder: Path) -> str:
-    files = sorted((folder / "vocabulary").glob("*"))
-    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:12] if files else ""
 
 
 def rows(run: RunFolder, loss_kind: str, by_language: bool) -> Iterator[dict[str, Any]]:

@@ -44,7 +44,7 @@ _STUCK = flags.DEFINE_float(
 _JSON = flags.DEFINE_bool("json", False, "One JSON object.", flag_values=_FLAGS)
 
 # Of the journal what needs nobody's attention.
-_ORDINARY = {"start", "restore", "save", "evaluate", "done"}
+_ORDINARY = {"start", "restore", "save", "evaluate", "done", "energy"}
 _MISSING_SECONDS = 12 * ledger.FLUSH_SECONDS
 _SETUP_SECONDS = 1800.0
 _DAY = 86400.0
