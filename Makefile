@@ -30,6 +30,7 @@ test-slow: venv
 test-plan: venv  ## compiling for absent TPUs and GPUs; downloads their compilers, 1 GB
 	$(BIN)/pip install --quiet --editable '.[plan]' --constraint $(CONSTRAINTS)
 	$(BIN)/python -m pytest tests/test_plan.py tests/test_hlo.py tests/test_targets.py
+	$(BIN)/python -m pytest -k 'compile or refused or slots' tests/test_flash_attention_*.py tests/test_losses.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -39,7 +40,8 @@ lint: venv
 
 bench: venv  ## CPU figures; see benchmarks/NOTES.md
 	$(BIN)/python benchmarks/bench_startup.py
-	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_peers.py
+	$(BIN)/python benchmarks/bench_loss.py
 
 wheel: venv
 	$(BIN)/pip install --quiet build

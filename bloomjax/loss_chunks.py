@@ -35,7 +35,7 @@ _NOTHING = -1e30
 def chunk_tokens_for(
     num_tokens: int, vocab_size: int, emb_dim: int, *, platform: str, itemsize_bytes: int = 2
 ) -> int:
-    """Tokens of a chunk where none are given: as many as fit `TEMPORARY_BYTES`, within bounds.
+    """Tokens of a chunk where none are given: as many as fit `TEMPORARY_BYTES` beside the weights, within bounds.
 
     Args:
       num_tokens: of one device.
@@ -47,23 +47,29 @@ def chunk_tokens_for(
     Each chunk of T tokens reads and writes the float32 accumulator of dW, 8VD bytes, and computes 6TVD FLOPs. With F
     FLOPs and M bytes a second the first takes (4/3)(F/M)/T of the time of the second, unless it hides behind it: at 989
     TFLOP/s and 4.8 TB/s (H200) 27 % for 1024 tokens, 13 % for 2048, 7 % for 4096; for 128 tokens, which a rule by V/D
-    would give BLOOM 560m, twice that time. Hence 1024 at least, whatever the memory. On a GPU a chunk takes
-    `itemsize_bytes` * V bytes a token of dlogits and 4V of float32 logits for the tokens of one part, on a TPU 4V for
-    all, beside the weights in the compute dtype.
+    would give BLOOM 560m, twice that time. Hence 1024 at least, whatever the memory.
     """
-    most = _MAX_CHUNK_TOKENS[platform]
-    room_bytes = TEMPORARY_BYTES - itemsize_bytes * vocab_size * emb_dim
-    if platform == "tpu":
-        fitting = room_bytes // (4 * vocab_size)
-    else:
-        room_bytes -= 4 * vocab_size * min(num_tokens, PART_TOKENS)
-        fitting = room_bytes // (itemsize_bytes * vocab_size)
-    most = min(most, max(_MIN_CHUNK_TOKENS, fitting)) // PART_TOKENS
+    weights_bytes = itemsize_bytes * vocab_size * emb_dim
+    fitting = [
+        n
+        for n in range(_MIN_CHUNK_TOKENS, _MAX_CHUNK_TOKENS[platform] + 1, PART_TOKENS)
+        if weights_bytes + chunk_bytes(n, vocab_size, platform, itemsize_bytes) <= TEMPORARY_BYTES
+    ]
+    most = max(fitting, default=_MIN_CHUNK_TOKENS) // PART_TOKENS
     num_parts = math.ceil(num_tokens / PART_TOKENS)
     even = [
         n for n in range(most // 2, most + 1) if num_parts % n == 0
     ]  # else the last is filled up
     return min(num_tokens, PART_TOKENS * (even[-1] if even else most))
+
+
+def chunk_bytes(num_tokens: int, vocab_size: int, platform: str, itemsize_bytes: int = 2) -> int:
+    """Of a chunk's arrays of tokens by V: float32 logits on a TPU; on a GPU their gradient in the compute dtype, and
+    float32 logits of a part; on a CPU exponentials in the compute dtype."""
+    if platform == "tpu":
+        return 4 * num_tokens * vocab_size
+    part_tokens = min(num_tokens, PART_TOKENS) if platform == "cuda" else 0
+    return (itemsize_bytes * num_tokens + 4 * part_tokens) * vocab_size
 
 
 class Head(NamedTuple):

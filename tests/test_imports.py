@@ -33,6 +33,8 @@ LAYERS = (
         "distributed",
         "hlo",
         "jaxpr_flops",
+        "float8",
+        "pointwise",
     },
     {"chips", "targets", "roofline"},
     {"energy", "noise_scale"},
