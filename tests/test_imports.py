@@ -33,8 +33,6 @@ LAYERS = (
         "distributed",
         "hlo",
         "jaxpr_flops",
-        "float8",
-        "pointwise",
     },
     {"chips", "targets", "roofline"},
     {"energy", "noise_scale"},
