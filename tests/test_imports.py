@@ -35,7 +35,7 @@ LAYERS = (
         "jaxpr_flops",
     },
     {"chips", "targets", "roofline"},
-    {"energy", "noise_scale"},
+    {"energy"},
     {"minimise", "scaling_laws", "scaling_runs", "scaling_fits"},
     {"frontier_fits", "language_laws", "loss_curves"},
     {
