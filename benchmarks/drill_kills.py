@@ -54,7 +54,7 @@ FLAGS = (
 LIMIT_SECONDS = 180.0  # for one start
 LEAVE_SECONDS = 130.0  # for those who have lost a peer: Cluster.heartbeat_timeout_seconds is 100
 _TIMES = ("seconds", "tokens_per_second", "mfu")
-_EVENTS = {"start", "save", "fault", "done", "lost_peer"}
+_EVENTS = {"start", "save", "energy", "fault", "done", "lost_peer"}
 
 
 # ---- plans ----
