@@ -359,6 +359,7 @@ class StopAt(StopConditions):
         return self.stopped_by is not None
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_goes_on(tiny_text, tmp_path):
     """Entries with each save and at the end of each start; together they are the time that goodput.jsonl has."""
     model_dir = tmp_path / "run"
