@@ -4,33 +4,72 @@ Dimension key of an einsum's text: B batch, L length; those of `w` that the resu
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from bloomjax import partitioning
+from bloomjax import float8, partitioning
+from bloomjax.float8 import Operand
 from bloomjax.partitioning import constrain_activation
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def dense(spec: str, names: tuple[str | None, ...], gradient_dtype: str, x, w, b):
-    """einsum(spec, x, w) + b in x's dtype, accumulated in float32; the bias is added before rounding,
-    except to parts of a sum from several devices (`_dot`).
+class How(NamedTuple):
+    """What `dense` multiplies, and in which numbers.
 
-    `x` begins with B, L; `w` is the float32 master weight with logical axes `names`, cast and then gathered over
-    `fsdp`; `b` has w's output dimensions. Backward, too, every matmul has operands of x's dtype: autodiff of a float32
-    accumulation would make them float32 x float32. The weight gradient is summed over devices in `gradient_dtype` and
-    leaves in float32, laid out as the parameter.
+    Attributes:
+      spec: text of the einsum; x and the result begin with B, L, and w has the other dimensions of x first.
+      names: logical axes of `w`.
+      gradient_dtype: in which the weight gradient is summed over devices.
+      is_float8: whether the operands of all three products are rounded to float8 (see float8.py).
     """
-    return _dense_forward(spec, names, gradient_dtype, x, w, b)[0]
+
+    spec: str
+    names: tuple[str | None, ...]
+    gradient_dtype: str
+    is_float8: bool = False
 
 
-def _gathered(names, w, dtype):
-    w = partitioning.constrain(w.astype(dtype), partitioning.gathered_spec(names))
-    return checkpoint_name(w, "gathered")  # so that no policy keeps it from the forward pass
+def dense(how: How, x, w, b, slot=None) -> Any:
+    """einsum(spec, x, w) + b in x's dtype, accumulated in float32; the bias is added before rounding, except to parts
+    of a sum from several devices (`_dot`).
+
+    `w` is the float32 master weight, cast and then gathered over `fsdp`; `b` has w's last dimensions. Backward, too,
+    every matmul has operands of x's dtype: autodiff of a float32 accumulation would make them float32 x float32. The
+    weight gradient leaves laid out as the parameter, in float32; if a `slot` is given (an array like w that nobody
+    reads) it leaves as the slot's, in its dtype, and w has none.
+    """
+    if partitioning.is_split(how.names):
+        return _dense(how, x, w, b, slot)
+    # As a matrix: several dimensions on one side compilers would transpose in memory, and add the bias afterwards.
+    num_inputs, out_shape = w.ndim - b.ndim, b.shape
+    names = tuple(
+        group[0] if len(group) == 1 else None
+        for group in (how.names[:num_inputs], how.names[num_inputs:])
+    )
+    w, slot = jax.tree.map(lambda a: a.reshape(-1, math.prod(out_shape)), (w, slot))
+    how = how._replace(spec="BLI,IO->BLO", names=names)
+    y: Any = _dense(how, x.reshape(*x.shape[:2], -1), w, b.reshape(-1), slot)
+    return y.reshape(*y.shape[:2], *out_shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(how: How, x, w, b, slot):
+    return _dense_forward(how, x, w, b, slot)[0]
+
+
+def _operand(how, x, dtype) -> Operand:
+    return float8.quantize(x, dtype) if how.is_float8 else Operand(x, None)
+
+
+def _gathered(how, w, dtype) -> Operand:
+    w = _operand(how, w.astype(dtype), float8.FORWARD)
+    values = partitioning.constrain(w.values, partitioning.gathered_spec(how.names))
+    # Named so that no policy keeps it from the forward pass.
+    return w._replace(values=checkpoint_name(values, "gathered"))
 
 
 def _summed_over_devices(spec, names) -> bool:
@@ -42,29 +81,43 @@ def _summed_over_devices(spec, names) -> bool:
     )
 
 
-def _dot(spec, names, x, w):
-    """einsum(spec, x, w), float32. Where the sum runs over devices it comes in x's dtype: the parts of 176B's residual
-    stream are most of what a step on a pod sends, and would be twice the bytes.
+def _dot(spec, names, x, w, dtype, b=None):
+    """einsum(spec, x, w) + b in `dtype`, summed in float32. Parts of a sum over devices are rounded: those of 176B's
+    residual stream are most of what a step on a pod sends, and would be twice the bytes.
     """
-    dtype = x.dtype if _summed_over_devices(spec, names) else jnp.float32
-    return jnp.einsum(spec, x, w, preferred_element_type=dtype)
+
+    def exact(x, w, b, sum_dtype=jnp.float32):
+        y = float8.einsum(spec, x, w, sum_dtype)
+        return (y if b is None else y.astype(jnp.float32) + b[None, None]).astype(dtype)
+
+    def rounded(x, w, b):
+        y = float8.einsum(spec, x, w, dtype)
+        return y if b is None else y + b[None, None].astype(dtype)
+
+    if _summed_over_devices(spec, names):
+        return exact(x, w, b, dtype)
+    # A GPU's libraries add a bias and round inside the matmul if sum and bias are of the result's dtype; of a float32
+    # sum XLA makes passes over memory. Other compilers fuse those, too.
+    return jax.lax.platform_dependent(x, w, b, cuda=rounded, rocm=rounded, default=exact)
 
 
-def _dense_forward(spec, names, gradient_dtype, x, w, b):
-    del gradient_dtype
-    w = _gathered(names, w, x.dtype)
-    y = _dot(spec, names, x, w)
-    y = y.astype(jnp.float32) + b[(None,) * (y.ndim - b.ndim)]
-    return y.astype(x.dtype), (x, w)
+def _dense_forward(how, x, w, b, slot):
+    dtype = x.dtype
+    x, w = _operand(how, x, float8.FORWARD), _gathered(how, w, dtype)
+    slot = None if slot is None else jnp.zeros((0,), slot.dtype)
+    return _dot(how.spec, how.names, x, w, dtype, b), (x, w, slot)
 
 
-def _dense_backward(spec, names, gradient_dtype, residuals, g):
-    x, w = residuals
-    inputs, out = spec.split("->")
+def _dense_backward(how, residuals, g):
+    x, w, slot = residuals
+    names, dtype = how.names, g.dtype
+    inputs, out = how.spec.split("->")
     x_dims, w_dims = inputs.split(",")
     dx_spec = f"{out},{w_dims}->{x_dims}"
-    dx = _dot(dx_spec, names, g, w).astype(x.dtype)
-    dw = jnp.einsum(f"{x_dims},{out}->{w_dims}", x, g, preferred_element_type=gradient_dtype)
+    db = jnp.sum(g.astype(jnp.float32), axis=(0, 1))
+    g = _operand(how, g, float8.BACKWARD)
+    dx = _dot(dx_spec, names, g, w, dtype)
+    dw = float8.einsum(f"{x_dims},{out}->{w_dims}", x, g, jnp.dtype(how.gradient_dtype))
     dw = partitioning.constrain(dw, partitioning.parameter_spec(names))
     if _summed_over_devices(dx_spec, names):
         dx = constrain_activation(dx, "batch", "residual_length", "embed")
@@ -72,14 +125,19 @@ def _dense_backward(spec, names, gradient_dtype, residuals, g):
         # Both before anything that follows: XLA would put off dw, and keep the gathered x and g of several matmuls for
         # it (3.4 of 36.4 GiB a device of 176B on v5p).
         dx, dw = jax.lax.optimization_barrier((dx, dw))
-    return dx, dw.astype(jnp.float32), jnp.sum(g.astype(jnp.float32), axis=(0, 1))
+    if slot is not None:
+        return dx, None, db, dw.astype(slot.dtype)
+    return dx, dw.astype(jnp.float32), db, None
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
 class Dense(nn.Module):
-    """Kernel and bias of one `dense`. `names` and `shape` are the kernel's; the bias has its last dimensions."""
+    """Kernel and bias of one `dense`. `names` and `shape` are the kernel's; the bias has its last dimensions.
+
+    An array for the kernel in a collection "slots" takes the kernel's gradient (see `dense`).
+    """
 
     spec: str
     names: tuple[str | None, ...]
@@ -87,6 +145,7 @@ class Dense(nn.Module):
     bias_names: tuple[str | None, ...]
     std: float
     gradient_dtype: str
+    is_float8: bool = False
 
     @nn.compact
     def __call__(self, x) -> Any:
@@ -95,4 +154,5 @@ class Dense(nn.Module):
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.bias_names)
         bias_shape = self.shape[len(self.shape) - len(self.bias_names) :]
         b = self.param("bias", bias_init, bias_shape, jnp.float32)
-        return dense(self.spec, self.names, self.gradient_dtype, x, w, b)
+        slot = self.get_variable("slots", "kernel")
+        return dense(How(self.spec, self.names, self.gradient_dtype, self.is_float8), x, w, b, slot)

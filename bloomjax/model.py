@@ -27,6 +27,7 @@ from bloomjax.dense import Dense
 from bloomjax.embedding import embed
 from bloomjax.errors import BadInput
 from bloomjax.partitioning import constrain_activation, gather_length, scatter_length
+from bloomjax.pointwise import gelu, layer_norm
 
 # What a layer keeps for its backward pass. `minimal` keeps the results of matmuls and the residual streams (20 D bytes
 # a token and layer in bf16) and recomputes norms and GELU; `full` keeps the layer's input only; `none` keeps all but
@@ -50,7 +51,10 @@ class BloomConfig:
       mask_padding_vocab: give padding rows no probability. BLOOM and transformers do not.
       mlp_dim: None means 4 * emb_dim.
       dtype: of the compute ("bfloat16" or "float32"); parameters are always float32.
-      gradient_dtype: in which the layers' weight gradients are summed over devices; "bfloat16" sends half the bytes.
+      gradient_dtype: in which the layers' weight gradients are summed over devices and microbatches; "bfloat16" sends
+        and keeps half the bytes.
+      matmul_dtype: of the operands of the blocks' four matrix products and their gradients; None for `dtype`, "float8"
+        for 8 bits with a scale a tensor (see float8.py), which `float8.check_devices` has to allow.
       init_std: of all matrices; the two that write to the residual stream use init_std / sqrt(2 num_layers).
       hidden_dropout_rate: on the embedding and on both residual branches. attention_dropout_rate: on the probabilities.
       attention_kernel: a name of attention_kernels.KERNELS; "auto" takes that of the platform.
@@ -72,6 +76,7 @@ class BloomConfig:
     mask_padding_vocab: bool = False
     dtype: str = "bfloat16"
     gradient_dtype: str = "float32"
+    matmul_dtype: str | None = None
     init_std: float = 0.0048
     layer_norm_epsilon: float = 1e-5
     hidden_dropout_rate: float = 0.0
@@ -111,6 +116,8 @@ class BloomConfig:
             if getattr(self, name) not in ("bfloat16", "float32"):
                 got = getattr(self, name)
                 raise BadInput(f"{name} must be 'bfloat16' or 'float32', got {got!r}")
+        if self.matmul_dtype not in (None, "float8"):
+            raise BadInput(f"matmul_dtype must be None or 'float8', got {self.matmul_dtype!r}")
         if self.alibi_rounding == "bf16_hf" and self.dtype != "bfloat16":
             raise BadInput(f"alibi_rounding='bf16_hf' needs dtype='bfloat16', got {self.dtype!r}")
         if self.mask_padding_vocab and self.num_tokens_in_vocab is None:
@@ -130,22 +137,6 @@ class BloomConfig:
     def num_valid_tokens(self) -> int | None:
         """From which column on logits are masked; None for nowhere."""
         return self.num_tokens_in_vocab if self.mask_padding_vocab else None
-
-
-def layer_norm(x_BLD, scale_D, bias_D, epsilon: float):
-    """LayerNorm over D in float32, returned in x's dtype."""
-    x32_BLD = x_BLD.astype(jnp.float32)
-    mean_BL1 = jnp.mean(x32_BLD, axis=-1, keepdims=True)
-    variance_BL1 = jnp.mean(jnp.square(x32_BLD - mean_BL1), axis=-1, keepdims=True)
-    y_BLD = (x32_BLD - mean_BL1) * jax.lax.rsqrt(variance_BL1 + epsilon)
-    return (y_BLD * scale_D[None, None] + bias_D[None, None]).astype(x_BLD.dtype)
-
-
-def gelu(x):
-    """GELU in its tanh form, as BLOOM's (0.79788456 = sqrt(2/pi), 0.044715), computed in float32."""
-    x32 = x.astype(jnp.float32)
-    y = 0.5 * x32 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x32 + 0.044715 * x32**3)))
-    return y.astype(x.dtype)
 
 
 class Dropout(nn.Module):
@@ -190,7 +181,9 @@ class Block(nn.Module):
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
         out_std = c.init_std / math.sqrt(2 * c.num_layers)
         dropout = Dropout(c.hidden_dropout_rate, self.deterministic)
-        matmul = functools.partial(Dense, gradient_dtype=c.gradient_dtype)
+        matmul = functools.partial(
+            Dense, gradient_dtype=c.gradient_dtype, is_float8=c.matmul_dtype == "float8"
+        )
 
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x_BLD)
         h_BLD = gather_length(h_BLD)
@@ -199,9 +192,9 @@ class Block(nn.Module):
             c.init_std, name="qkv",
         )(h_BLD)  # fmt: skip
         qkv_BLcHK = constrain_activation(qkv_BLcHK, "batch", "length", "qkv", "heads", "kv")
-        qkv_BLcHK = checkpoint_name(qkv_BLcHK, "qkv")
-        # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays.
-        q, k, v = (a.squeeze(2) for a in jnp.split(qkv_BLcHK, 3, axis=2))
+        # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays. The
+        # parts are kept: kernels want them apart, and would have them copied from the whole once more.
+        q, k, v = (checkpoint_name(a.squeeze(2), "qkv") for a in jnp.split(qkv_BLcHK, 3, axis=2))
         context_BLHK = self._attend(q, k, v, documents_BL, start, k_valid_BS)
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = matmul(
@@ -274,10 +267,22 @@ class Bloom(nn.Module):
         block, broadcast = Block, cast(Any, nn.broadcast)
         if c.remat_policy != "none" or partitioning.on_mesh():
             policy = REMAT_POLICIES[c.remat_policy]
-            block = nn.remat(Block, policy=policy, prevent_cse=not c.scan_layers)
+            # XLA must not take what is recomputed for what the forward pass had; in a loop it cannot. On one device it may
+            # for the cast weights of unrolled layers: told apart, their float32 slices would be copied and kept.
+            prevent_cse: Any = not c.scan_layers
+            if prevent_cse and not partitioning.on_mesh():
+                prevent_cse = (
+                    False,
+                    False,
+                    True,
+                    True,
+                    True,
+                    True,
+                )  # variables, random keys, arguments
+            block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse)
         x_BLD, _ = nn.scan(
             block,
-            variable_axes={"params": 0, "cache": 0},
+            variable_axes={"params": 0, "cache": 0, "slots": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=broadcast,
             length=c.num_layers,

@@ -244,7 +244,9 @@ def gpu_target_config(chip: Chip) -> str:
     capability = f"major: {major} minor: {minor} feature_extension: {extension}"
     return "\n".join(
         ["gpu_device_info {", *lines, f"  cuda_compute_capability {{ {capability} }}",
-         f'  name: "NVIDIA {chip.device_kind}"', '  device_vendor: "NVIDIA Corporation"', "}",
+         # Of CUDA: without it there are no float8 matmuls.
+         f'  name: "NVIDIA {chip.device_kind}"', '  runtime_version: "12.8.0"',
+         '  device_vendor: "NVIDIA Corporation"', "}",
          'platform_name: "CUDA"', "dnn_version_info { major: 9 minor: 10 patch: 0 }", ""]
     )  # fmt: skip
 

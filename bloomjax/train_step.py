@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bloomjax import partitioning
+from bloomjax import float8, partitioning
 from bloomjax.errors import BadInput
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
@@ -30,7 +31,8 @@ class StepOptions:
 
     Attributes:
       microbatch_size_samples: rows a batch shard works on at a time, at most: its rows are dealt evenly to as many
-        microbatches as that takes. None takes them all at once. Gradients are accumulated in float32.
+        microbatches as that takes. None takes them all at once. Gradients are added up in float32, those of the layers'
+        weights in BloomConfig.gradient_dtype.
       z_loss: weight of logsumexp^2.
       loss_chunk_tokens: tokens of one device whose logits exist at a time.
       compiler_options: XLA's, for the program of the train step; a name it does not know is an error.
@@ -69,13 +71,22 @@ def abstract_batch(num_rows: int, sequence_length: int, mesh: Mesh) -> Batch:
 
 
 def row_losses(
-    model: Bloom, options: StepOptions, params, batch: Batch, weights_BL, dropout_rng=None
+    model: Bloom,
+    options: StepOptions,
+    params,
+    batch: Batch,
+    weights_BL,
+    dropout_rng=None,
+    slots=None,
 ):
     """Weighted loss sum (differentiable) and the loss in nats of each token [B, L]."""
     tokens = batch["tokens"]
     rngs = None if dropout_rng is None else {"dropout": dropout_rng}
     x_BLD: Any = model.apply(
-        {"params": params}, tokens[:, :-1], deterministic=dropout_rng is None, rngs=rngs
+        {"params": params} | ({"slots": slots} if slots else {}),
+        tokens[:, :-1],
+        deterministic=dropout_rng is None,
+        rngs=rngs,
     )
     return linear_cross_entropy(
         x_BLD,
@@ -86,6 +97,25 @@ def row_losses(
         chunk_tokens=options.loss_chunk_tokens,
         num_tokens_in_vocab=model.config.num_valid_tokens,
     )
+
+
+@jax.custom_vjp
+def _used_often(x):
+    """x, whose gradient is the sum over all its uses before anything is done with it: one all-reduce, one addition."""
+    return x
+
+
+_used_often.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+def _differentiated(params, gradient_dtype: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """By path: the parameters whose gradients are asked for, and slots for those of the others, the layers' kernels, if
+    they are to exist in another dtype (see dense.Dense)."""
+    own: dict[Any, Any] = flatten_dict(params)
+    if gradient_dtype == "float32":
+        return own, {}
+    kernels = [path for path in own if path[-1] == "kernel"]
+    return own, {path: jnp.zeros(own.pop(path).shape, gradient_dtype) for path in kernels}
 
 
 def make_train_step(
@@ -100,12 +130,30 @@ def make_train_step(
     config = model.config
     has_dropout = config.hidden_dropout_rate > 0 or config.attention_dropout_rate > 0
 
-    def loss_and_grads(params, batch, token_weight, key):
+    def loss_of(differentiated, params, batch, token_weight, key):
+        own, slots = differentiated
+        params = unflatten_dict(flatten_dict(params) | own)
+        params["embedding"] = _used_often(params["embedding"])
         weights_BL = jnp.broadcast_to(
             (batch["weights"] * token_weight)[:, None], (len(batch["weights"]), batch["tokens"].shape[1] - 1)
         )  # fmt: skip
-        loss_fn = lambda p: row_losses(model, options, p, batch, weights_BL, key)[0]  # noqa: E731
-        return jax.value_and_grad(loss_fn)(params)
+        slots = unflatten_dict(slots)
+        return row_losses(model, options, params, batch, weights_BL, key, slots)[0]
+
+    def loss_and_grads(params, batch, token_weight, key):
+        num_rows = batch["tokens"].shape[0] // partitioning.num_batch_shards(mesh)
+        num_microbatches = options.num_microbatches(num_rows)
+        differentiated = _differentiated(params, config.gradient_dtype)
+        if num_microbatches == 1:
+            loss, grads = jax.value_and_grad(loss_of)(
+                differentiated, params, batch, token_weight, key
+            )
+        else:
+            loss, grads = accumulate(
+                differentiated, params, batch, token_weight, key, num_microbatches
+            )
+        grads = unflatten_dict(grads[0] | grads[1])
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def train_step(state, batch, learning_rate, dropout_key, limits=None):
         num_rows, length = batch["tokens"].shape
@@ -113,11 +161,7 @@ def make_train_step(
         key = jax.random.fold_in(dropout_key, state.step) if has_dropout else None
         if options.num_rows(num_rows, mesh) != num_rows:
             raise ValueError(f"{num_rows} rows cannot be dealt evenly to this mesh and microbatch")
-        num_microbatches = options.num_microbatches(num_rows // partitioning.num_batch_shards(mesh))
-        if num_microbatches == 1:
-            loss, grads = loss_and_grads(state.params, batch, token_weight, key)
-        else:
-            loss, grads = accumulate(state.params, batch, token_weight, key, num_microbatches)
+        loss, grads = loss_and_grads(state.params, batch, token_weight, key)
         with jax.named_scope("optimizer"):
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
             extra = {}
@@ -134,7 +178,7 @@ def make_train_step(
                 opt_state = opt_state if extra else keep(opt_state, state.opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    def accumulate(params, batch, token_weight, key, num_microbatches):
+    def accumulate(differentiated, params, batch, token_weight, key, num_microbatches):
         # Row r goes to microbatch r % M, so that each device splits its own rows and none move.
         def split(a):
             a = a.reshape(a.shape[0] // num_microbatches, num_microbatches, *a.shape[1:])
@@ -145,12 +189,17 @@ def make_train_step(
             microbatch = {k: partitioning.constrain_activation(v, "batch", *(None,) * (v.ndim - 1))
                           for k, v in microbatch.items()}  # fmt: skip
             micro_key = None if key is None else jax.random.fold_in(key, number)
-            part = loss_and_grads(params, microbatch, token_weight, micro_key)
-            return jax.tree.map(jnp.add, total, part), None
+            loss, vjp = jax.vjp(
+                lambda d: loss_of(d, params, microbatch, token_weight, micro_key), differentiated
+            )
+            vjp.with_refs(grads)(jnp.ones_like(loss))
+            return total + loss, None
 
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        # Gradients are added in place, each as soon as it is known: no second set of them exists.
+        grads = jax.tree.map(lambda a: jax.new_ref(jnp.zeros_like(a)), differentiated)
         inputs = (jnp.arange(num_microbatches), jax.tree.map(split, batch))
-        return jax.lax.scan(body, zeros, inputs)[0]
+        total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)
+        return total, jax.tree.map(jax.freeze, grads)
 
     return train_step
 
@@ -176,7 +225,9 @@ def jit_programs(
     abstract: TrainState,
 ) -> tuple[Callable[..., Any], ...]:
     """init(seed), from_params (imported ones), train_step and eval_step, with the shardings of `abstract`; from_params
-    and train_step take their first argument away."""
+    and train_step take their first argument away. BadInput if the devices cannot do model.config.matmul_dtype."""
+    if model.config.matmul_dtype == "float8" and isinstance(mesh, Mesh):  # else of no devices
+        float8.check_devices(mesh.devices.flat, step.compiler_options)
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract)
     replicated = NamedSharding(mesh, PartitionSpec())
     init = jax.jit(functools.partial(init_state, model, optimizer), out_shardings=state_shardings)

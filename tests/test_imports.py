@@ -33,9 +33,11 @@ LAYERS = (
         "distributed",
         "hlo",
         "jaxpr_flops",
+        "float8",
+        "pointwise",
     },
     {"chips", "targets", "roofline"},
-    {"energy"},
+    {"energy", "noise_scale"},
     {"minimise", "scaling_laws", "scaling_runs", "scaling_fits"},
     {"frontier_fits", "language_laws", "loss_curves"},
     {

@@ -1,0 +1,99 @@
+"""The gradient noise scale: at which batch size noise and signal of the gradient are equally large.
+
+McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1. The squared norm of the mean gradient of n samples has the
+expectation |G|^2 + tr(S) / n, S the covariance of one sample's gradient. Two batch sizes give both terms, and their
+ratio B_simple = tr(S) / |G|^2 is in samples. The terms of one step are far noisier than their means: they
+are averaged apart, and the ratio is that of the averages.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bloomjax.errors import BadInput
+
+
+def noise_and_signal(
+    small_norm_squared: float,
+    large_norm_squared: float,
+    small_batch_samples: float,
+    large_batch_samples: float,
+) -> tuple[float, float]:
+    """tr(S) and |G|^2, each without bias (and so possibly negative), from squared norms of two mean gradients.
+
+    `small_norm_squared` is best the mean over the parts that the large batch is made of.
+
+    Raises:
+      BadInput: the batch sizes do not differ.
+    """
+    b, B = small_batch_samples, large_batch_samples
+    if not 0 < b < B:
+        raise BadInput(f"the noise scale needs two batch sizes, got {b} and {B} samples")
+    signal = (B * large_norm_squared - b * small_norm_squared) / (B - b)
+    noise = (small_norm_squared - large_norm_squared) / (1 / b - 1 / B)
+    return noise, signal
+
+
+@dataclasses.dataclass
+class NoiseScale:
+    """Averages of both terms over steps.
+
+    Attributes:
+      decay: weight of the past in the averages, a step; their memory is about 1 / (1 - decay) steps.
+    """
+
+    decay: float = 0.99
+    noise: float = 0.0
+    signal: float = 0.0
+    weight: float = (
+        0.0  # 1 - decay^steps: what the averages, which begin at zero, have to be divided by
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise BadInput(f"decay of the noise scale must lie in [0, 1), got {self.decay}")
+
+    def add(self, noise: float, signal: float) -> None:
+        """The terms of one step; those of a step that was no good (NaN) are left out."""
+        if not (math.isfinite(noise) and math.isfinite(signal)):
+            return
+        keep = self.decay
+        self.noise = keep * self.noise + (1 - keep) * noise
+        self.signal = keep * self.signal + (1 - keep) * signal
+        self.weight = keep * self.weight + (1 - keep)
+
+    @property
+    def samples(self) -> float | None:
+        """B_simple; None before the first step, or while the average of the signal is not above zero."""
+        if self.weight == 0 or self.signal <= 0:
+            return None
+        return self.noise / self.signal
+
+
+def averaged(records: Iterable[Mapping[str, Any]], decay: float = 0.99) -> list[tuple[int, float]]:
+    """(step, noise scale in samples) of the records of metrics.jsonl that have both terms."""
+    scale, found = NoiseScale(decay), []
+    for record in records:
+        if record.get("gradient_noise") is None or record.get("gradient_signal") is None:
+            continue
+        scale.add(record["gradient_noise"], record["gradient_signal"])
+        if scale.samples is not None:
+            found.append((record["step"], scale.samples))
+    return found
+
+
+def verdict(noise_scale_samples: float, batch_size_samples: float) -> str:
+    """What a batch of this size costs, by McCandlish et al., equations 5.1 and 5.2 (their section 2.3).
+
+    With B samples a step, training takes (1 + scale / B) of the fewest possible steps and (1 + B / scale) of the fewest
+    possible samples.
+    """
+    steps = 1 + noise_scale_samples / batch_size_samples
+    samples = 1 + batch_size_samples / noise_scale_samples
+    cost = f"{steps:.2f} x the fewest steps, {samples:.2f} x the fewest samples"
+    if batch_size_samples > 2 * noise_scale_samples:
+        return f"wasteful: {cost}"
+    if batch_size_samples < noise_scale_samples / 2:
+        return f"small: {cost}"
+    return f"about right: {cost}"
