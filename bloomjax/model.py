@@ -271,14 +271,7 @@ class Bloom(nn.Module):
             # for the cast weights of unrolled layers: told apart, their float32 slices would be copied and kept.
             prevent_cse: Any = not c.scan_layers
             if prevent_cse and not partitioning.on_mesh():
-                prevent_cse = (
-                    False,
-                    False,
-                    True,
-                    True,
-                    True,
-                    True,
-                )  # variables, random keys, arguments
+                prevent_cse = (False,) * 2 + (True,) * 4  # variables, random keys; arguments
             block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse)
         x_BLD, _ = nn.scan(
             block,

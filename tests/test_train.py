@@ -192,6 +192,46 @@ def test_sigterm_saves_and_asks_for_a_restart(tiny_text, undisturbed, tmp_path, 
     assert_same_run(model_dir, undisturbed)
 
 
+class Metric:
+    """A number of a step that notes when the host reads it."""
+
+    def __init__(self, value, note):
+        self.value, self.note = value, note
+
+    def __float__(self):
+        self.note()
+        return float(self.value)
+
+    def __bool__(self):
+        self.note()
+        return bool(self.value)
+
+
+def test_the_host_reads_a_step_while_the_next_one_runs(tiny_text, tmp_path, monkeypatch):
+    """Nothing but learning rate and limits reaches the devices unasked; only before a save, an evaluation and a compilation
+    are numbers read of the newest step."""
+    dispatched, read_early = [], set()
+
+    def programs(*arguments):
+        init, from_params, train_step, eval_step = jit_programs(*arguments)
+
+        def step(state, batch, rate, key, limits):
+            number = len(dispatched) + 1
+            dispatched.append(number)
+            rate, limits = jax.device_put((rate, limits))
+            with jax.transfer_guard("disallow_explicit"):
+                state, metrics = train_step(state, batch, rate, key, limits)
+            note = lambda: dispatched[-1] == number and read_early.add(number)  # noqa: E731
+            return state, {name: Metric(value, note) for name, value in metrics.items()}
+
+        return init, from_params, step, eval_step
+
+    monkeypatch.setattr("bloomjax.train.jit_programs", programs)
+    tiny_run.run(tiny_text, tmp_path / "run")
+    assert dispatched == list(range(1, NUM_STEPS + 1))
+    assert read_early == {10, 20, 30, 40}  # saved after each
+
+
 @pytest.mark.parametrize("died", ["before its record", "in its record", "before its evaluation"])
 def test_died_between_a_save_and_its_record(tiny_text, undisturbed, finished, died):
     for step in (30, 40):
