@@ -53,6 +53,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.fault", ("fault",)),
     ("bloomjax.energy_meter", ("Energy",)),
     ("bloomjax.predicted_loss", ("PredictedLoss",)),
+    ("bloomjax.language_noise", ("LanguageNoise",)),
     ("bloomjax.metrics", ("EventFileWriter", "clu_writer")),
     ("bloomjax.train_step", ("StepOptions",)),
     ("bloomjax.prepare", ("prepare",)),

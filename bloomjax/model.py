@@ -267,8 +267,8 @@ class Bloom(nn.Module):
         block, broadcast = Block, cast(Any, nn.broadcast)
         if c.remat_policy != "none" or partitioning.on_mesh():
             policy = REMAT_POLICIES[c.remat_policy]
-            # XLA must not take what is recomputed for what the forward pass had; in a loop it cannot. On one device it may
-            # for the cast weights of unrolled layers: told apart, their float32 slices would be copied and kept.
+            # XLA must not take what is recomputed for what the forward pass had; in a loop it cannot. On one device it
+            # may for the cast weights of unrolled layers: told apart, their float32 slices would be copied and kept.
             prevent_cse: Any = not c.scan_layers
             if prevent_cse and not partitioning.on_mesh():
                 prevent_cse = (False,) * 2 + (True,) * 4  # variables, random keys; arguments

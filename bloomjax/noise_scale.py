@@ -47,7 +47,7 @@ class NoiseScale:
     noise: float = 0.0
     signal: float = 0.0
     weight: float = (
-        0.0  # 1 - decay^steps: what the averages, which begin at zero, have to be divided by
+        0.0  # 1 - decay^steps; the averages, which begin at zero, are to be divided by it
     )
 
     def __post_init__(self):
@@ -71,15 +71,59 @@ class NoiseScale:
         return self.noise / self.signal
 
 
-def averaged(records: Iterable[Mapping[str, Any]], decay: float = 0.99) -> list[tuple[int, float]]:
-    """(step, noise scale in samples) of the records of metrics.jsonl that have both terms."""
+class NoiseRecorder:
+    """Puts the noise scale into the records of a run, which hold all of its state.
+
+    `gradient_noise` and `gradient_signal` are the terms of one step (of one microbatch and the whole batch),
+    `noise_scale_samples` the ratio of their averages so far. `noise_by_language` has both terms of the language that
+    was measured at this step (language_noise.py), if one was.
+    """
+
+    def __init__(self, decay: float = 0.99):
+        self._decay, self._scale = decay, NoiseScale(decay)
+
+    def begin(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """From the records of the steps before, at each start and after a roll back."""
+        self._scale = NoiseScale(self._decay)
+        for record in records:
+            if record.get("gradient_noise") is not None:
+                self._scale.add(record["gradient_noise"], record["gradient_signal"])
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Replaces the norms that the programs returned; waits for them."""
+        norm, samples = record["grad_norm"], record["batch_size"]
+        terms = _terms(record, "", norm, samples)
+        if terms is not None:
+            self._scale.add(*terms)
+            record |= {"gradient_noise": terms[0], "gradient_signal": terms[1]}
+            record["noise_scale_samples"] = self._scale.samples
+        if (language := record.pop("language", None)) is not None:
+            norm, samples = record.pop("language_norm"), record.pop("language_samples")
+            terms = _terms(record, "language_", float(norm), samples)
+            if terms is not None:
+                record["noise_by_language"] = {language: {"noise": terms[0], "signal": terms[1]}}
+
+
+def _terms(record, prefix, norm, samples) -> tuple[float, float] | None:
+    part_norm = record.pop(f"{prefix}part_norm", None)
+    part_samples = record.pop(f"{prefix}part_samples", None)
+    if part_norm is None:
+        return None
+    part_norm, part_samples = float(part_norm), float(part_samples)
+    if not 0 < part_samples < samples or not math.isfinite(part_norm) or not math.isfinite(norm):
+        return None
+    return noise_and_signal(part_norm**2, norm**2, part_samples, samples)
+
+
+def averaged(
+    terms: Iterable[tuple[int, float, float]], decay: float = 0.99
+) -> list[tuple[int, float]]:
+    """(step, noise scale in samples) from (step, noise, signal), where there is a signal."""
     scale, found = NoiseScale(decay), []
-    for record in records:
-        if record.get("gradient_noise") is None or record.get("gradient_signal") is None:
-            continue
-        scale.add(record["gradient_noise"], record["gradient_signal"])
+    for step, noise, signal in terms:
+        scale.add(noise, signal)
         if scale.samples is not None:
-            found.append((record["step"], scale.samples))
+            found.append((step, scale.samples))
     return found
 
 

@@ -21,10 +21,12 @@ from bloomjax.errors import EXIT_RESTART, BadInput, Restart
 from bloomjax.files import write_whole
 from bloomjax.guard import RollBack, Verdict
 from bloomjax.health import Health
-from bloomjax.journal import Journal
+from bloomjax.journal import Journal, read_lines
+from bloomjax.language_noise import OpenLanguageNoise
 from bloomjax.ledger import Ledger
 from bloomjax.metrics import MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
+from bloomjax.noise_scale import NoiseRecorder
 from bloomjax.position import Position
 from bloomjax.schedules import BatchSchedule, CosineSchedule
 from bloomjax.train_state import TrainState
@@ -53,6 +55,7 @@ class Run:
         health: Health,
         writer: Callable[[str, int], ScalarWriter] | None,
         config_text: str,
+        language_noise: OpenLanguageNoise | None = None,
     ):
         self.model_dir = Path(model_dir)
         self.mesh = mesh
@@ -64,6 +67,8 @@ class Run:
         self._data = data
         self._checkpoints = checkpoints
         self._health = health
+        self._language_noise = language_noise
+        self._noise = NoiseRecorder()
         self._is_main = job.is_main()
         self._pending: dict[str, Any] | None = None  # record of the newest step
         self._make_writer = writer
@@ -232,6 +237,9 @@ class Run:
         self._ledger.note_plan(num_steps=self._num_steps, step=self.step, num_tokens=num_tokens)
         if self._health.energy:
             self._health.energy.num_hosts = len({each["host"] for each in processes})
+        if self._is_main:
+            records = read_lines(self.model_dir / "metrics.jsonl")[0]
+            self._noise.begin([*records, self._pending or {}])
         if self._is_main and self._health.predicted_loss:
             self._health.predicted_loss.begin(
                 model_dir=self.model_dir, journal=self._journal, params=self._num_params(), end_tokens=num_tokens,
@@ -271,9 +279,9 @@ class Run:
         return fault.on_batch(batch, self._data.samples_of(self.step + 1, self._batch_schedule))
 
     @contextlib.contextmanager
-    def dispatching(self, batch: Batch) -> Iterator[None]:
+    def dispatching(self, batch: Batch, program: str = "step") -> Iterator[None]:
         """Around the dispatch of a step, which compiles a program for the first batch of each shape."""
-        shape = batch["tokens"].shape
+        shape = (program, *batch["tokens"].shape)
         if shape in self._compiled:
             self._ledger.enter("step")
             yield
@@ -313,13 +321,23 @@ class Run:
         self._host_clock = time.monotonic()
         self.position.advance()
         size = self._batch_schedule.batch_size(self.step)
-        self._pending = self._record() | {"batch_size": size, **metrics}
+        noise = self._noise_of_a_language(state.params)
+        self._pending = self._record() | {"batch_size": size, **metrics, **noise}
         if self._health.fault:
             state = self._health.fault.on_state(self.step, state)
         if self._health.replicas and self._health.replicas.is_due(self.step):
             self._check_replicas(state)
         self._note_stragglers()
         return state
+
+    def _noise_of_a_language(self, params: Any) -> dict[str, Any]:
+        meter = self._language_noise
+        due = meter.batch_of(self.step) if meter else None
+        if meter is None or due is None:
+            return {}
+        entries, batch = due
+        with self.dispatching(batch, "noise"):
+            return entries | meter.program(params, batch)
 
     def _record(self) -> dict[str, Any]:
         samples = self.position.samples
@@ -340,6 +358,7 @@ class Run:
         self._health.beat(record["step"])
         self._ledger.finished_step(record["step"])
         record |= {"loss": loss, "grad_norm": grad_norm}
+        self._noise.note(record)
         self._judge(record, is_taken)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now

@@ -5,6 +5,8 @@ import os
 
 import jax
 
+from bloomjax.distributed import Cluster
+
 
 def use_compilation_cache(directory: str | None = None) -> None:
     """Keeps compiled programs, so that a second start compiles nothing.
@@ -37,3 +39,15 @@ def keep_freed_memory() -> None:
             (-8, 1),
         ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
             mallopt(parameter, value)
+
+
+def begin_process(
+    cluster: Cluster | None, reuse_host_memory: bool, compilation_cache_dir: str | None
+) -> None:
+    """All of it for a process that trains, in the order it has to be done; joins the other processes."""
+    claim_gpu_memory()
+    if reuse_host_memory:
+        keep_freed_memory()
+    if cluster is not None:
+        cluster.start()
+    use_compilation_cache(compilation_cache_dir)

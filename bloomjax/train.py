@@ -16,6 +16,7 @@ from bloomjax.distributed import Cluster
 from bloomjax.errors import BadInput
 from bloomjax.guard import RollBack
 from bloomjax.health import Health
+from bloomjax.language_noise import LanguageNoise
 from bloomjax.metrics import ScalarWriter
 from bloomjax.model import Bloom
 from bloomjax.preflight import (
@@ -27,7 +28,7 @@ from bloomjax.preflight import (
 )
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
-from bloomjax.startup import claim_gpu_memory, keep_freed_memory, use_compilation_cache
+from bloomjax.startup import begin_process
 from bloomjax.train_state import TrainState, abstract_state
 from bloomjax.train_step import Batch, StepOptions, jit_programs
 from bloomjax.vocabulary import Vocabulary
@@ -51,6 +52,7 @@ def train(
     train_steps: int | None = None,
     train_samples: int | None = None,
     health: Health | None = None,
+    language_noise: LanguageNoise | None = None,
     cluster: Cluster | None = None,
     needs_checkpoint: bool = False,
     prepare: Callable[..., Any] | None = None,
@@ -69,6 +71,7 @@ def train(
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
       health: what watches over the run.
+      language_noise: measures the gradient noise of one language after the other.
       cluster: joins the processes of the job, if there are several; None in a process that is alone.
       needs_checkpoint: refuse to start anew; of an imported model.
       prepare: if bound, a missing store is made, by `python -m bloomjax.prepare` with the same flags.
@@ -87,12 +90,7 @@ def train(
       Restart: the state in memory is no good, or cannot be saved; the last checkpoint is.
     """
     # ---- processes, mesh ----
-    claim_gpu_memory()
-    if reuse_host_memory:
-        keep_freed_memory()
-    if cluster is not None:
-        cluster.start()
-    use_compilation_cache(compilation_cache_dir)
+    begin_process(cluster, reuse_host_memory, compilation_cache_dir)
     device_mesh = mesh.build()
     check_model(model, device_mesh, train_data.sequence_lengths)
     check_device(model, device_mesh, step.compiler_options)
@@ -121,6 +119,7 @@ def train(
         model_dir=model_dir, num_steps=num_steps, eval_every_steps=eval_every_steps, model=model,
         batch_schedule=batch_schedule, learning_rate=learning_rate, data=data, mesh=device_mesh,
         checkpoints=checkpoints, health=health, writer=writer, config_text=config.operative_config(),
+        language_noise=language_noise and language_noise.open(model, step, device_mesh, data),
     ) as run:  # fmt: skip
         state = None
         while state is None:

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import float8, partitioning
 from bloomjax.errors import BadInput
+from bloomjax.gradients import loss_and_gradient
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
 from bloomjax.optimizer import SkippingTransformation
@@ -99,71 +99,50 @@ def row_losses(
     )
 
 
-@jax.custom_vjp
-def _used_often(x):
-    """x, whose gradient is the sum over all its uses before anything is done with it: one all-reduce, one addition."""
-    return x
+def make_gradient(model: Bloom, options: StepOptions) -> Callable[..., Any]:
+    """gradient(params, batch, key, num_microbatches) -> what `loss_and_gradient` returns, of the mean over tokens of
+    rows of weight 1: filling rows and microbatches leave it as it is. `key` is for dropout; None for none."""
 
+    def gradient(params, batch, key, num_microbatches):
+        length = batch["tokens"].shape[1] - 1
+        token_weight = 1.0 / (jnp.sum(batch["weights"]) * length)
 
-_used_often.defvjp(lambda x: (x, None), lambda _, g: (g,))
+        def loss_fn(params, batch, key, slots):
+            weights_B1 = (batch["weights"] * token_weight)[:, None]
+            weights_BL = jnp.broadcast_to(weights_B1, (len(weights_B1), length))
+            return row_losses(model, options, params, batch, weights_BL, key, slots)[0]
 
+        return loss_and_gradient(
+            loss_fn, params, batch, key,
+            num_microbatches=num_microbatches, gradient_dtype=model.config.gradient_dtype,
+        )  # fmt: skip
 
-def _differentiated(params, gradient_dtype: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """By path: the parameters whose gradients are asked for, and slots for those of the others, the layers' kernels, if
-    they are to exist in another dtype (see dense.Dense)."""
-    own: dict[Any, Any] = flatten_dict(params)
-    if gradient_dtype == "float32":
-        return own, {}
-    kernels = [path for path in own if path[-1] == "kernel"]
-    return own, {path: jnp.zeros(own.pop(path).shape, gradient_dtype) for path in kernels}
+    return gradient
 
 
 def make_train_step(
     model: Bloom, optimizer: optax.GradientTransformation, options: StepOptions, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """train_step(state, batch, learning_rate, dropout_key, limits=None) -> (new state, {"loss", "grad_norm"}).
+    """train_step(state, batch, learning_rate, dropout_key, limits=None) -> (new state, metrics).
 
-    The loss is the mean over tokens of rows of weight 1; filling rows and microbatches leave it and the gradient as
-    they are. `grad_norm` is the global L2 norm before clipping. With `limits` (float32 [2], of loss and norm, finite) a
-    step that is not within them leaves parameters and optimizer as they were, and "is_taken" says which it was.
+    `loss` is that of `make_gradient`, `grad_norm` the global L2 norm before clipping. With `limits` (float32 [2], of
+    loss and norm, finite) a step that is not within them leaves parameters and optimizer as they were, and `is_taken`
+    says which it was. With microbatches there are measures of the gradient's noise (gradients.loss_and_gradient).
     """
     config = model.config
     has_dropout = config.hidden_dropout_rate > 0 or config.attention_dropout_rate > 0
-
-    def loss_of(differentiated, params, batch, token_weight, key):
-        own, slots = differentiated
-        params = unflatten_dict(flatten_dict(params) | own)
-        params["embedding"] = _used_often(params["embedding"])
-        weights_BL = jnp.broadcast_to(
-            (batch["weights"] * token_weight)[:, None], (len(batch["weights"]), batch["tokens"].shape[1] - 1)
-        )  # fmt: skip
-        slots = unflatten_dict(slots)
-        return row_losses(model, options, params, batch, weights_BL, key, slots)[0]
-
-    def loss_and_grads(params, batch, token_weight, key):
-        num_rows = batch["tokens"].shape[0] // partitioning.num_batch_shards(mesh)
-        num_microbatches = options.num_microbatches(num_rows)
-        differentiated = _differentiated(params, config.gradient_dtype)
-        if num_microbatches == 1:
-            loss, grads = jax.value_and_grad(loss_of)(
-                differentiated, params, batch, token_weight, key
-            )
-        else:
-            loss, grads = accumulate(
-                differentiated, params, batch, token_weight, key, num_microbatches
-            )
-        grads = unflatten_dict(grads[0] | grads[1])
-        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    gradient = make_gradient(model, options)
 
     def train_step(state, batch, learning_rate, dropout_key, limits=None):
-        num_rows, length = batch["tokens"].shape
-        token_weight = 1.0 / (jnp.sum(batch["weights"]) * (length - 1))
+        num_rows = batch["tokens"].shape[0]
         key = jax.random.fold_in(dropout_key, state.step) if has_dropout else None
         if options.num_rows(num_rows, mesh) != num_rows:
             raise ValueError(f"{num_rows} rows cannot be dealt evenly to this mesh and microbatch")
-        loss, grads = loss_and_grads(state.params, batch, token_weight, key)
+        rows_of_a_shard = num_rows // partitioning.num_batch_shards(mesh)
+        num_microbatches = options.num_microbatches(rows_of_a_shard)
+        loss, grads, metrics = gradient(state.params, batch, key, num_microbatches)
         with jax.named_scope("optimizer"):
-            metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
             extra = {}
             if limits is not None:
                 is_taken = (loss <= limits[0]) & (metrics["grad_norm"] <= limits[1])  # a NaN is not
@@ -177,29 +156,6 @@ def make_train_step(
                 params = keep(params, state.params)
                 opt_state = opt_state if extra else keep(opt_state, state.opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
-
-    def accumulate(differentiated, params, batch, token_weight, key, num_microbatches):
-        # Row r goes to microbatch r % M, so that each device splits its own rows and none move.
-        def split(a):
-            a = a.reshape(a.shape[0] // num_microbatches, num_microbatches, *a.shape[1:])
-            return jnp.swapaxes(a, 0, 1)
-
-        def body(total, inputs):
-            number, microbatch = inputs
-            microbatch = {k: partitioning.constrain_activation(v, "batch", *(None,) * (v.ndim - 1))
-                          for k, v in microbatch.items()}  # fmt: skip
-            micro_key = None if key is None else jax.random.fold_in(key, number)
-            loss, vjp = jax.vjp(
-                lambda d: loss_of(d, params, microbatch, token_weight, micro_key), differentiated
-            )
-            vjp.with_refs(grads)(jnp.ones_like(loss))
-            return total + loss, None
-
-        # Gradients are added in place, each as soon as it is known: no second set of them exists.
-        grads = jax.tree.map(lambda a: jax.new_ref(jnp.zeros_like(a)), differentiated)
-        inputs = (jnp.arange(num_microbatches), jax.tree.map(split, batch))
-        total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)
-        return total, jax.tree.map(jax.freeze, grads)
 
     return train_step
 

@@ -208,8 +208,8 @@ class Metric:
 
 
 def test_the_host_reads_a_step_while_the_next_one_runs(tiny_text, tmp_path, monkeypatch):
-    """Nothing but learning rate and limits reaches the devices unasked; only before a save, an evaluation and a compilation
-    are numbers read of the newest step."""
+    """Nothing but learning rate and limits reaches the devices unasked; only before a save, an evaluation and a
+    compilation are numbers read of the newest step."""
     dispatched, read_early = [], set()
 
     def programs(*arguments):

@@ -201,3 +201,15 @@ def plot_check(verdict: Verdict, curve: Curve, end_tokens: float, path: str) -> 
     )  # fmt: skip
     axis.legend(frameon=False)
     _save(figure, path)
+
+
+def plot_noise(found: Any, path: str) -> None:
+    """Batch size and gradient noise scale by step (tools/noise_scale.py), and a band of half to twice the latter."""
+    figure, (axis,) = _figure(1)
+    steps, scales = found["steps"], np.array(found["noise_scale_samples"])
+    axis.fill_between(steps, scales / 2, scales * 2, alpha=0.15, label="half to twice of it")
+    axis.plot(steps, scales, label="gradient noise scale")
+    axis.step(steps, found["batch_size_samples"], where="post", color="black", label="batch size")
+    axis.set(yscale="log", xlabel="step", ylabel="samples", title=Path(found["model_dir"]).name)
+    axis.legend(frameon=False)
+    _save(figure, path)
