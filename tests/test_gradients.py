@@ -1,6 +1,7 @@
 """Norms of parts of the gradient against gradients row by row; the noise of languages in a run."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from bloomjax.optimizer import adamw
 from bloomjax.train_state import TrainState
 from bloomjax.train_step import StepOptions, make_train_step, row_losses
 
-SHAPE = {"vocab_size": 64, "emb_dim": 32, "num_layers": 2, "num_heads": 8, "mlp_dim": 64}
+SHAPE: dict[str, Any] = {"vocab_size": 64, "emb_dim": 32, "num_layers": 2, "num_heads": 8, "mlp_dim": 64}
 MODEL = Bloom(BloomConfig(**SHAPE, dtype="float32"))
 ROWS, LENGTH, REAL = 16, 16, 14
 WEIGHTS = np.array([1.0] * REAL + [0.0] * (ROWS - REAL), np.float32)

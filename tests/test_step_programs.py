@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ from bloomjax.train_state import abstract_state, init_state
 from bloomjax.train_step import StepOptions, abstract_batch, jit_programs
 
 LAYERS, D, ROWS, LENGTH = 2, 64, 4, 128
-SHAPE = dict(vocab_size=512, emb_dim=D, num_layers=LAYERS, num_heads=4, attention_kernel="xla")
+SHAPE: dict[str, Any] = dict(
+    vocab_size=512, emb_dim=D, num_layers=LAYERS, num_heads=4, attention_kernel="xla"
+)
 
 
 def one_device():
@@ -78,7 +81,8 @@ def kept_bytes(capsys, policy):
     with jax.set_mesh(mesh):
         params = jax.eval_shape(lambda: init_state(model, adamw(), 0)).params
         tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-        print_saved_residuals(lambda p, t: model.apply({"params": p}, t).sum(), params, tokens)
+        apply: Any = lambda p, t: model.apply({"params": p}, t)  # noqa: E731
+        print_saved_residuals(lambda p, t: apply(p, t).sum(), params, tokens)
     kept = re.findall(r"^(bf16|f32)\[([\d,]+)\] output of scan", capsys.readouterr().out, re.M)
     shapes = [
         (2 if dtype == "bf16" else 4, [int(n) for n in shape.split(",")]) for dtype, shape in kept
