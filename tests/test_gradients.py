@@ -19,7 +19,13 @@ from bloomjax.optimizer import adamw
 from bloomjax.train_state import TrainState
 from bloomjax.train_step import StepOptions, make_train_step, row_losses
 
-SHAPE: dict[str, Any] = {"vocab_size": 64, "emb_dim": 32, "num_layers": 2, "num_heads": 8, "mlp_dim": 64}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "emb_dim": 32,
+    "num_layers": 2,
+    "num_heads": 8,
+    "mlp_dim": 64,
+}
 MODEL = Bloom(BloomConfig(**SHAPE, dtype="float32"))
 ROWS, LENGTH, REAL = 16, 16, 14
 WEIGHTS = np.array([1.0] * REAL + [0.0] * (ROWS - REAL), np.float32)
