@@ -18,6 +18,7 @@ from bloomjax import float8, partitioning
 from bloomjax.errors import BadInput
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
+from bloomjax.mup import widths_of
 from bloomjax.optimizer import SkippingTransformation
 from bloomjax.train_state import TrainState, init_state, state_of
 
@@ -128,6 +129,8 @@ def make_train_step(
     step that is not within them leaves parameters and optimizer as they were, and "is_taken" says which it was.
     """
     config = model.config
+    if config.mup and not isinstance(optimizer, SkippingTransformation):
+        raise BadInput("BloomConfig.mup needs adamw: other optimizers do not take its rates")
     has_dropout = config.hidden_dropout_rate > 0 or config.attention_dropout_rate > 0
 
     def loss_of(differentiated, params, batch, token_weight, key):
@@ -164,7 +167,7 @@ def make_train_step(
         loss, grads = loss_and_grads(state.params, batch, token_weight, key)
         with jax.named_scope("optimizer"):
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-            extra = {}
+            extra: Any = {"rates": widths_of(config).rates(state.params)} if config.mup else {}
             if limits is not None:
                 is_taken = (loss <= limits[0]) & (metrics["grad_norm"] <= limits[1])  # a NaN is not
                 metrics["is_taken"] = is_taken
@@ -175,7 +178,7 @@ def make_train_step(
             params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
             if limits is not None:
                 params = keep(params, state.params)
-                opt_state = opt_state if extra else keep(opt_state, state.opt_state)
+                opt_state = opt_state if "is_taken" in extra else keep(opt_state, state.opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     def accumulate(differentiated, params, batch, token_weight, key, num_microbatches):

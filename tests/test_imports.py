@@ -35,6 +35,7 @@ LAYERS = (
         "jaxpr_flops",
         "float8",
         "pointwise",
+        "mup",
     },
     {"chips", "targets", "roofline"},
     {"energy", "noise_scale"},
