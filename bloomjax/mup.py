@@ -97,7 +97,7 @@ class Widths(NamedTuple):
         The output's go into the last LayerNorm, the attention's into the part of q. A model with these parameters and
         without muP computes the same.
         """
-        output = np.float32(self.output_multiplier)
+        output = np.array(self.output_multiplier, np.float32)
         query = np.array([self.query_multiplier, 1, 1], np.float32).reshape(3, 1, 1)
         return {
             ("final_norm", "scale"): output,

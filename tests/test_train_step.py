@@ -416,7 +416,12 @@ def collectives(compiled):
 
 def test_collectives():
     weights = {"32,3,8,4", "8,4,32", "32,64", "64,32"}  # the last is the embedding's, too
-    matrices = {"32,96", "32,32", "32,64", "64,32"}  # what `dense` makes of them where `tensor` splits none
+    matrices = {
+        "32,96",
+        "32,32",
+        "32,64",
+        "64,32",
+    }  # what `dense` makes of them where `tensor` splits none
     assert collectives(compiled_step((1, 1, 1))) == {}
     # Replicas only add up gradients.
     data = collectives(compiled_step((8, 1, 1)))
