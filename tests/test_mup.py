@@ -21,13 +21,13 @@ from bloomjax.mup import MuP, widths_of
 from bloomjax.optimizer import adamw
 from bloomjax.position import Position
 from bloomjax.schedules import BatchSchedule
-from bloomjax.train_state import abstract_state, init_state
+from bloomjax.train_state import TrainState, abstract_state, init_state
 from bloomjax.train_step import StepOptions, abstract_batch, make_train_step
 
-# 8 times as wide as its base in each way: D 32 -> 256, F 64 -> 512, K 8 -> 64.
-BASE = MuP(base_emb_dim=32, base_num_heads=4, base_mlp_dim=64)
+# 8 times as wide as its base in each way: D 8 -> 64, F 16 -> 128, K 2 -> 16.
+BASE = MuP(base_emb_dim=8, base_num_heads=4, base_mlp_dim=16)
 WIDE = BloomConfig(
-    vocab_size=320, num_layers=2, emb_dim=256, num_heads=4, mlp_dim=512, dtype="float32", mup=BASE
+    vocab_size=320, num_layers=2, emb_dim=64, num_heads=4, mlp_dim=128, dtype="float32", mup=BASE
 )
 SMALL = {"vocab_size": 40, "emb_dim": 32, "num_layers": 2, "num_heads": 4, "mlp_dim": 96}
 # Table 8 of arXiv 2203.03466 by its own words: exponents of the width in initial variance and Adam's learning rate.
@@ -80,11 +80,9 @@ def test_learning_rates_are_those_of_table_8(mesh_of):
     mesh, optimizer = mesh_of(1, 1, 1), adamw(weight_decay=0.0, epsilon=1e-20)
     step = jit(make_train_step(Bloom(WIDE), optimizer, StepOptions(), mesh))
     params = reference_bloom.random_params(
-        vocab_size=320, emb_dim=256, num_layers=2, num_heads=4, mlp_dim=512
+        vocab_size=320, emb_dim=64, num_layers=2, num_heads=4, mlp_dim=128
     )
-    state = init_state(Bloom(WIDE), optimizer, 0).replace(
-        params=params, opt_state=optimizer.init(params)
-    )
+    state = TrainState(np.int32(0), params, optimizer.init(params))
     batch = {"tokens": tokens_of(WIDE, 2, 17), "weights": np.ones(2, np.float32)}
     rate = np.float32(2.0**-7)
     with jax.set_mesh(mesh):
@@ -102,7 +100,8 @@ def test_weight_decay_has_no_rates():
     params = reference_bloom.random_params(**SMALL)
     optimizer, zeros = adamw(weight_decay=0.25), jax.tree.map(np.zeros_like, params)
     rates = jax.tree.map(lambda _: 0.125, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params, rates=rates)
+    state = optimizer.init(params)
+    updates = jit(lambda g: optimizer.update(g, state, params, rates=rates)[0])(zeros)
     for name, update in leaves(updates).items():
         decays = name.endswith(("kernel", "embedding"))
         np.testing.assert_array_equal(update, 0.25 * leaves(params)[name] * decays)
@@ -112,10 +111,13 @@ def test_weight_decay_has_no_rates():
 def test_rates_multiply_adams_part(is_taken):
     params = reference_bloom.random_params(**SMALL)
     optimizer, gradients = adamw(weight_decay=0.0), jax.tree.map(np.cos, params)
-    rates = widths_of(dataclasses.replace(WIDE, mlp_dim=1024)).rates(params)
+    rates = widths_of(dataclasses.replace(WIDE, mlp_dim=256)).rates(params)
     extra = {} if is_taken is None else {"is_taken": jnp.bool_(is_taken)}
-    plain, state = optimizer.update(gradients, optimizer.init(params), params, **extra)
-    scaled, same = optimizer.update(gradients, optimizer.init(params), params, **extra, rates=rates)
+    before = optimizer.init(params)
+    plain, state = jit(lambda g: optimizer.update(g, before, params, **extra))(gradients)
+    scaled, same = jit(lambda g: optimizer.update(g, before, params, **extra, rates=rates))(
+        gradients
+    )
     jax.tree.map(np.testing.assert_array_equal, state, same)  # moments are those of the gradients
     for name, update in leaves(scaled).items():
         factor = {"mlp_out/kernel": 1 / 16, "bias": 1, "scale": 1, "embedding": 1}
@@ -259,7 +261,7 @@ def test_the_overlay_has_the_shape_of_its_base():
     "change, message",
     [
         ({"base_emb_dim": 0}, "MuP.base_emb_dim must be at least 1, got 0"),
-        ({"base_num_heads": 3}, "MuP.base_num_heads=3 does not divide base_emb_dim=32"),
+        ({"base_num_heads": 3}, "MuP.base_num_heads=3 does not divide base_emb_dim=8"),
         ({"base_mlp_dim": -1}, "MuP.base_mlp_dim must be at least 1, got -1"),
         ({"output_multiplier": 0.0}, "MuP.output_multiplier must be positive, got 0.0"),
         ({"attention_multiplier": float("nan")}, "MuP.attention_multiplier must be positive"),

@@ -28,7 +28,7 @@ from bloomjax.model import Bloom, BloomConfig
 
 _FLAGS = flags.FlagValues()
 _WIDTHS = flags.DEFINE_string("widths", "64,128,256,512", "Of emb_dim.", flag_values=_FLAGS)
-_STEPS = flags.DEFINE_integer("steps", 4, "Of training.", lower_bound=1, flag_values=_FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 10, "Of training.", lower_bound=1, flag_values=_FLAGS)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "To average over.", lower_bound=1, flag_values=_FLAGS)
 _GROW = flags.DEFINE_enum(
     "grow", "head_dim", width_models.GROW, "With the width: heads' size or number.", flag_values=_FLAGS
@@ -45,7 +45,7 @@ _TOLERANCE = flags.DEFINE_float(
 _PLOT = flags.DEFINE_string("plot", None, "Picture to write.", flag_values=_FLAGS)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=_FLAGS)
 
-# All of the last layer; `mlp` is what GELU gets, `attention` q.k before ALiBi and softmax.
+# `attention` is q.k before ALiBi and softmax, `mlp` what GELU gets, `residual` the sum after all layers.
 KINDS = ("embedding", "q", "attention", "context", "mlp", "residual", "logits")
 _PROBE_SAMPLES = 4
 EXIT_NOT_FLAT = 2
@@ -77,7 +77,9 @@ def activations(model: Bloom, params: Any, tokens_BL: Any) -> dict[str, jax.Arra
     with nn.intercept_methods(listen):
         x_BLD, state = model.apply({"params": params}, tokens_BL, mutable=["intermediates"])
     kept = {path[-1]: value[0] for path, value in flatten_dict(state["intermediates"]).items()}
-    kept = {kind: x if kind == "embedding" else x[-1] for kind, x in kept.items()}  # last layer
+    kept["residual"] = kept["residual"][
+        -1
+    ]  # after all layers; what is inside of them is that of all
     kept["logits"] = model.apply({"params": params}, x_BLD, method="logits")
     assert set(kept) == set(KINDS)
     return {kind: x.astype(jnp.float32) for kind, x in kept.items()}

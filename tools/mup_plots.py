@@ -50,7 +50,8 @@ def plot_coordinates(checks: Sequence[Any], kinds: Sequence[str], path: str) -> 
         row[0].set_ylabel(f"{title}\nmean |x_t - x_0|", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("width", fontsize=9)
-    axes[0][0].legend(frameon=False, fontsize=7)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
     scaling_plots.save(figure, path)
 
 

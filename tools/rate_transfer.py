@@ -17,6 +17,7 @@ import mup_plots
 import numpy as np
 import width_models
 from absl import flags
+from tqdm import tqdm
 
 from bloomjax import config
 from bloomjax.errors import BadInput
@@ -62,7 +63,7 @@ def schedule(like: CosineSchedule, peak: float, num_samples: int) -> CosineSched
 
 
 def losses(
-    base: width_models.Base, model: BloomConfig, rates: Sequence[float], num_steps: int, seeds: range
+    base: width_models.Base, model: BloomConfig, rates: Sequence[float], num_steps: int, seeds: range, bar: tqdm
 ) -> np.ndarray:  # fmt: skip
     """Mean loss in nats a token of the last tenth of a run at each rate, float64 [rates]; infinite if it diverged."""
     training = width_models.Training(base, model)
@@ -73,6 +74,7 @@ def losses(
         for seed in seeds:
             run = [loss for _, loss in training.states(rate, num_steps, seed)][-num_last:]
             found[number] += np.mean(run) / len(seeds)
+            bar.update()
     return np.where(np.isfinite(found), found, np.inf)
 
 
@@ -172,13 +174,12 @@ def rate_transfer() -> int:
     seeds = range(base.seed, base.seed + _SEEDS.value)
     models = {name: [base.at(width, name, _GROW.value) for width in widths] for name in names}
     sweeps = []
-    for name in names:
-        rows = [losses(base, model, rates, _STEPS.value, seeds) for model in models[name]]
-        sweeps.append(Sweep(name, widths, rates, np.stack(rows)))
-        if not _JSON.value:
-            print("\n".join(report(sweeps[-1])), flush=True)
-    if _JSON.value:
-        print(as_json(sweeps))
+    total = len(names) * len(widths) * len(rates) * len(seeds)
+    with tqdm(total=total, unit="run", disable=None) as bar:
+        for name in names:
+            rows = [losses(base, model, rates, _STEPS.value, seeds, bar) for model in models[name]]
+            sweeps.append(Sweep(name, widths, rates, np.stack(rows)))
+    print(as_json(sweeps) if _JSON.value else "\n".join(line for s in sweeps for line in report(s)))
     if _PLOT.value:
         mup_plots.plot_transfer(sweeps, _PLOT.value)
     return EXIT_MOVES if any(s.parametrization == "mup" and abs(s.moves) > 1 for s in sweeps) else 0
