@@ -161,7 +161,8 @@ def stream(trained: Trained, dtype: str) -> Iterator[np.ndarray]:
             block = reader.read(tensor.path, tensor.layer, tensor.layer + 1)[0]
             if not np.isfinite(block).all():
                 reader.check(tensor.path)  # damage makes NaN and infinity, too
-            block = block * folds.get(tensor.path, np.float32(1))
+            if tensor.path in folds:
+                block = block * folds[tensor.path]
             yield tensor.to_hf(_cast(block, dtype, tensor.name))
             continue
         for start, stop in reader.blocks(tensor.path):

@@ -13,10 +13,13 @@ from tiny_run import REPOSITORY
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom, BloomConfig
 from bloomjax.mup import MuP
+from bloomjax.scaling_laws import ParametricLaw
+from bloomjax.schedules import BatchSchedule, CosineSchedule
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 import coordinate_check
 import rate_transfer
+import scaling_sweep
 import width_models
 from coordinate_check import KINDS, Check
 from rate_transfer import Sweep
@@ -168,6 +171,22 @@ def test_where_the_best_rate_is():
 def test_bad_input_is_a_line(run, tool, flag, message):
     code, out, err = run(tool, flag)
     assert (code, out, err.count("\n")) == (1, "", 1) and message in err
+
+
+@pytest.mark.parametrize("mup, exponent", [(None, -0.61), (MuP(32, 4), 0.0)])
+def test_an_isoflop_sweep_leaves_the_rate_to_mup(mup, exponent):
+    base = scaling_sweep.Base(
+        BloomConfig(320, 2, 32, 4, mup=mup),
+        BatchSchedule(8),
+        CosineSchedule(3e-3, 3e-4, 40, 400),
+        16,
+    )
+    law = ParametricLaw(1.8, 400.0, 400.0, 0.34, 0.28)
+    runs, _ = scaling_sweep.plan(base, law, [1e12], 4, 4.0, "runs")
+    assert len({run.shape.emb_dim for run in runs}) > 1
+    for planned in runs:
+        want = 3e-3 * (planned.shape.emb_dim / 32) ** exponent
+        assert planned.overlay["CosineSchedule.peak"] == pytest.approx(want, rel=1e-3)
 
 
 # ---- true runs ----
