@@ -76,10 +76,9 @@ def activations(model: Bloom, params: Any, tokens_BL: Any) -> dict[str, jax.Arra
 
     with nn.intercept_methods(listen):
         x_BLD, state = model.apply({"params": params}, tokens_BL, mutable=["intermediates"])
-    kept = {path[-1]: value[0] for path, value in flatten_dict(state["intermediates"]).items()}
-    kept["residual"] = kept["residual"][
-        -1
-    ]  # after all layers; what is inside of them is that of all
+    found: dict[Any, Any] = flatten_dict(state["intermediates"])
+    kept: dict[str, Any] = {path[-1]: value[0] for path, value in found.items()}
+    kept["residual"] = kept["residual"][-1]  # the others are of all layers
     kept["logits"] = model.apply({"params": params}, x_BLD, method="logits")
     assert set(kept) == set(KINDS)
     return {kind: x.astype(jnp.float32) for kind, x in kept.items()}
