@@ -2,10 +2,10 @@
 
     python tools/coordinate_check.py --gin_file=tiny.gin --plot=coordinates.png
 
-Trains a few steps at each width, in standard parametrization and in muP (arXiv 2203.03466, section D.1), and prints by
-how much each kind of activation has changed since the start, a row a kind and a column a width; `slope` is the exponent
-of width. A change that grows blows up in a wider model, one that shrinks learns nothing there. Exit code 2: with muP
-something is not flat.
+Trains a few steps at each width, in standard parametrization and in muP (arXiv 2203.03466, github.com/microsoft/mup),
+and prints by how much each kind of activation has changed since the start, a row a kind and a column a width; `slope`
+is the exponent of width. A change that grows blows up in a wider model, one that shrinks learns nothing there. Exit
+code 2: with muP something is not flat.
 """
 
 import dataclasses
