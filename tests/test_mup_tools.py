@@ -195,22 +195,22 @@ def test_an_isoflop_sweep_leaves_the_rate_to_mup(mup, exponent):
 @pytest.mark.slow
 @pytest.mark.parametrize("grow", ["head_dim", "num_heads"])
 def test_mup_is_flat_and_standard_is_not(run, tmp_path, grow):
-    flags = f"--widths={','.join(map(str, WIDTHS))}", f"--grow={grow}", "--learning_rate=0.01"
+    flags = "--widths=16,32,128", f"--grow={grow}", "--learning_rate=0.01"
     plot = tmp_path / "c.png"
     code, out, err = run(coordinate_check, *flags, "--json", f"--plot={plot}")
     assert (code, err) == (0, "") and plot.stat().st_size > 10_000
     found = json.loads(out)
     assert found["mup"]["not_flat"] == {}
-    assert {"mlp", "residual", "logits"} <= set(found["sp"]["not_flat"])
-    assert all(found["sp"]["slope"][kind] > 0.5 for kind in ("mlp", "residual", "logits"))
-    assert np.shape(found["mup"]["change"]) == (4, 11, len(KINDS))
+    for kind in ("mlp", "residual", "logits"):
+        assert found["sp"]["not_flat"][kind] == "its change grows"
+    assert np.shape(found["mup"]["change"]) == (3, 11, len(KINDS))
 
 
 @pytest.mark.slow
 def test_a_learning_rate_left_out_is_not_flat(run, monkeypatch):
     """The check sees a muP without its learning rates."""
     monkeypatch.setattr("bloomjax.mup.Widths.rate", lambda self, path: 1.0)
-    code, out, _ = run(coordinate_check, "--widths=16,32,64,128", "--parametrizations=mup")
+    code, out, _ = run(coordinate_check, "--widths=16,32,128", "--parametrizations=mup")
     assert code == coordinate_check.EXIT_NOT_FLAT and "NOT FLAT: " in out
 
 
