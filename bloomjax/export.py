@@ -21,6 +21,7 @@ from bloomjax.checkpoint_arrays import ParamsReader
 from bloomjax.errors import BadInput
 from bloomjax.files import one_line_errors, whole_folder
 from bloomjax.model_dir import Trained, open_model_dir
+from bloomjax.mup import widths_of
 
 _FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "MODEL_DIR of a run.", flag_values=_FLAGS)
@@ -154,17 +155,22 @@ def stream(trained: Trained, dtype: str) -> Iterator[np.ndarray]:
     BadInput if the checkpoint is damaged, or a number does not fit into `dtype`.
     """
     reader = ParamsReader(trained.checkpoint, trained.position)
+    folds = widths_of(trained.model.config).folds()
     for tensor in hf.tensors(trained.model.config):
         if tensor.layer is not None:
             block = reader.read(tensor.path, tensor.layer, tensor.layer + 1)[0]
             if not np.isfinite(block).all():
                 reader.check(tensor.path)  # damage makes NaN and infinity, too
+            if tensor.path in folds:
+                block = block * folds[tensor.path]
             yield tensor.to_hf(_cast(block, dtype, tensor.name))
             continue
         for start, stop in reader.blocks(tensor.path):
             block = reader.read(tensor.path, start, stop)[: max(0, tensor.shape[0] - start)]
             if not np.isfinite(block).all():
                 reader.check(tensor.path)
+            if tensor.path in folds:
+                block = block * folds[tensor.path]
             yield _cast(block, dtype, tensor.name)
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from bloomjax import hf
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
 from bloomjax.model_dir import Trained
+from bloomjax.mup import widths_of
 
 # What transformers, in float32 too, may differ by: the order in which sums are taken.
 TOLERANCE = 1e-5
@@ -50,10 +51,11 @@ def relative_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, in
 def verify(trained: Trained, folder: Path, dtype: str) -> bool:
     """Prints how far the logits of `trained` and `folder` differ in float32, and token ids; whether both are equal.
 
-    `dtype` is that of the folder's weights: ours are rounded to it first, so that nothing but the conversion shows.
+    `dtype` is that of the folder's weights: ours are rounded as they were, so that nothing but the conversion shows.
     """
     rows = _sample_rows(trained)
-    params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), trained.read_params())
+    numbers = hf.NUMPY_DTYPES[dtype]
+    params = widths_of(trained.model.config).rounded(trained.read_params(), numbers)
     difference, num_other = relative_difference(
         our_logits(trained.model, params, rows), their_logits(folder, rows)
     )

@@ -7,7 +7,6 @@ c the three of q, k, v. Arrays end in their letters.
 
 import dataclasses
 import functools
-import math
 from typing import Any, cast
 
 import flax.linen as nn
@@ -26,6 +25,7 @@ from bloomjax.cached_attention import cached_attention
 from bloomjax.dense import Dense
 from bloomjax.embedding import embed
 from bloomjax.errors import BadInput
+from bloomjax.mup import MuP, widths_of
 from bloomjax.partitioning import constrain_activation, gather_length, scatter_length
 from bloomjax.pointwise import gelu, layer_norm
 
@@ -56,6 +56,7 @@ class BloomConfig:
       matmul_dtype: of the operands of the blocks' four matrix products and their gradients; None for `dtype`, "float8"
         for 8 bits with a scale a tensor (see float8.py), which `float8.check_devices` has to allow.
       init_std: of all matrices; the two that write to the residual stream use init_std / sqrt(2 num_layers).
+      mup: the base whose hyperparameters these are, scaled to this width (see mup.py); None takes them as they are.
       hidden_dropout_rate: on the embedding and on both residual branches. attention_dropout_rate: on the probabilities.
       attention_kernel: a name of attention_kernels.KERNELS; "auto" takes that of the platform.
       skip_far_blocks: let kernels leave out keys that ALiBi puts out of float32's reach (see block_skipping).
@@ -78,6 +79,7 @@ class BloomConfig:
     gradient_dtype: str = "float32"
     matmul_dtype: str | None = None
     init_std: float = 0.0048
+    mup: MuP | None = None
     layer_norm_epsilon: float = 1e-5
     hidden_dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
@@ -155,6 +157,7 @@ class Dropout(nn.Module):
 
 class LayerNorm(nn.Module):
     epsilon: float
+    multiplier: float = 1.0  # of the result
 
     @nn.compact
     def __call__(self, x_BLD):
@@ -165,7 +168,7 @@ class LayerNorm(nn.Module):
         bias_D = self.param(
             "bias", nn.with_logical_partitioning(nn.initializers.zeros, names), shape
         )
-        return layer_norm(x_BLD, scale_D, bias_D, self.epsilon)
+        return layer_norm(x_BLD, scale_D, bias_D, self.epsilon, self.multiplier)
 
 
 class Block(nn.Module):
@@ -179,7 +182,8 @@ class Block(nn.Module):
         """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py); None in training."""
         c = self.config
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
-        out_std = c.init_std / math.sqrt(2 * c.num_layers)
+        widths = widths_of(c)
+        std = widths.stds(c.init_std, c.num_layers)
         dropout = Dropout(c.hidden_dropout_rate, self.deterministic)
         matmul = functools.partial(
             Dense, gradient_dtype=c.gradient_dtype, is_float8=c.matmul_dtype == "float8"
@@ -189,16 +193,16 @@ class Block(nn.Module):
         h_BLD = gather_length(h_BLD)
         qkv_BLcHK = matmul(
             "BLD,DcHK->BLcHK", ("embed", "qkv", "heads", "kv"), (D, 3, H, K), ("qkv", "heads", "kv"),
-            c.init_std, name="qkv",
+            std["qkv"], name="qkv",
         )(h_BLD)  # fmt: skip
         qkv_BLcHK = constrain_activation(qkv_BLcHK, "batch", "length", "qkv", "heads", "kv")
         # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays. The
         # parts are kept: kernels want them apart, and would have them copied from the whole once more.
         q, k, v = (checkpoint_name(a.squeeze(2), "qkv") for a in jnp.split(qkv_BLcHK, 3, axis=2))
-        context_BLHK = self._attend(q, k, v, documents_BL, start, k_valid_BS)
+        context_BLHK = self._attend(widths.scaled_query(q), k, v, documents_BL, start, k_valid_BS)
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = matmul(
-            "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), out_std, name="out"
+            "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), std["out"], name="out"
         )(context_BLHK)
         y_BLD = scatter_length(y_BLD)
         x_BLD = checkpoint_name(x_BLD + dropout(y_BLD), "residual")
@@ -206,13 +210,13 @@ class Block(nn.Module):
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x_BLD)
         h_BLD = gather_length(h_BLD)
         h_BLF = matmul(
-            "BLD,DF->BLF", ("embed", "mlp"), (D, F), ("mlp",), c.init_std, name="mlp_in"
+            "BLD,DF->BLF", ("embed", "mlp"), (D, F), ("mlp",), std["mlp_in"], name="mlp_in"
         )(h_BLD)
         h_BLF = constrain_activation(h_BLF, "batch", "length", "mlp")
         h_BLF = gelu(checkpoint_name(h_BLF, "pre_gelu"))
-        y_BLD = matmul("BLF,FD->BLD", ("mlp", "embed"), (F, D), ("norm",), out_std, name="mlp_out")(
-            h_BLF
-        )
+        y_BLD = matmul(
+            "BLF,FD->BLD", ("mlp", "embed"), (F, D), ("norm",), std["mlp_out"], name="mlp_out"
+        )(h_BLF)
         y_BLD = scatter_length(y_BLD)
         return checkpoint_name(x_BLD + dropout(y_BLD), "residual"), None
 
@@ -251,7 +255,7 @@ class Bloom(nn.Module):
         shape = (c.vocab_size, c.emb_dim)
         self.embedding_VD: Any = self.param("embedding", init, shape, jnp.float32)
         self.embedding_norm = LayerNorm(c.layer_norm_epsilon)
-        self.final_norm = LayerNorm(c.layer_norm_epsilon)
+        self.final_norm = LayerNorm(c.layer_norm_epsilon, widths_of(c).output_multiplier)
 
     @nn.compact
     def __call__(self, tokens_BL, *, deterministic: bool = True, start=None, k_valid_BS=None):
@@ -275,7 +279,7 @@ class Bloom(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse)
         x_BLD, _ = nn.scan(
             block,
-            variable_axes={"params": 0, "cache": 0, "slots": 0},
+            variable_axes={"params": 0, "cache": 0, "slots": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=broadcast,
             length=c.num_layers,

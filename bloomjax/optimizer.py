@@ -46,21 +46,32 @@ def adamw(
 
 
 class SkippingTransformation(optax.GradientTransformationExtraArgs):
-    """Its `update` takes `is_taken` (bool scalar): where that is False, the state that it returns is the one given."""
+    """Its `update` takes `is_taken` (bool scalar): where that is False, the state that it returns is the one given.
+
+    And `rates`, a tree of numbers like the parameters: factors of the learning rate of each, which weight decay does
+    not have (see mup.Widths.rate).
+    """
 
 
 def _scale_by_adam(
     b1: float, b2: float, epsilon: float, mu_dtype: jnp.dtype
 ) -> optax.GradientTransformationExtraArgs:
     """optax.scale_by_adam, whose `update` also takes `is_taken` (bool scalar): False leaves the moments as they were.
+    And `rates`, which its result is multiplied by.
 
-    They are selected before the update is made of them; afterwards it would cost a pass over both on CPUs
+    Moments are selected before the update is made of them; afterwards it would cost a pass over both on CPUs
     (benchmarks/NOTES.md).
     """
     plain = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon, mu_dtype=mu_dtype)
 
-    def update(updates, state, params=None, *, is_taken=None, **extra):
+    def update(updates, state, params=None, *, is_taken=None, rates=None, **extra):
         del extra
+        updates, state = step(updates, state, params, is_taken)
+        if rates is not None:
+            updates = jax.tree.map(lambda u, r: u if r == 1.0 else u * r, updates, rates)
+        return updates, state
+
+    def step(updates, state, params, is_taken):
         if is_taken is None:
             return plain.update(updates, state, params)
 

@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 
 
-def layer_norm(x_BLD: jax.Array, scale_D: Any, bias_D: Any, epsilon: float) -> Any:
-    """LayerNorm over D in float32, returned in x's dtype."""
+def layer_norm(
+    x_BLD: jax.Array, scale_D: Any, bias_D: Any, epsilon: float, multiplier: float = 1.0
+) -> Any:
+    """`multiplier` times the LayerNorm over D, in float32, returned in x's dtype."""
+    if multiplier != 1.0:
+        scale_D, bias_D = scale_D * multiplier, bias_D * multiplier
     return _layer_norm(epsilon, x_BLD, scale_D, bias_D)
 
 

@@ -71,8 +71,8 @@ class Position:
         for kind, mine in self._identity(position["samples"]).items():
             theirs = position[kind]
             names = mine | theirs
-            if is_imported(position):  # what it does not know it cannot contradict
-                names = [name for name in mine if theirs.get(name) is not None]
+            if is_imported(position):  # what it does not know it cannot contradict; it has no muP
+                names = [n for n in mine if theirs.get(n) is not None or n == "mup"]
             changed = [name for name in names if mine.get(name) != theirs.get(name)]
             if changed:
                 was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
@@ -110,7 +110,7 @@ class Position:
     # What a checkpoint must agree with.
     def _identity(self, num_samples: int) -> dict[str, Any]:
         shape = dataclasses.asdict(self._model.config)
-        names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim")
+        names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim", "mup")
         return {
             "model": {name: shape[name] for name in names},
             "data": self._data.identity(num_samples),

@@ -18,6 +18,7 @@ from bloomjax.errors import BadInput
 from bloomjax.gradients import loss_and_gradient
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
+from bloomjax.mup import widths_of
 from bloomjax.optimizer import SkippingTransformation
 from bloomjax.train_state import TrainState, init_state, state_of
 
@@ -130,6 +131,8 @@ def make_train_step(
     says which it was. With microbatches there are measures of the gradient's noise (gradients.loss_and_gradient).
     """
     config = model.config
+    if config.mup and not isinstance(optimizer, SkippingTransformation):
+        raise BadInput("BloomConfig.mup needs adamw: other optimizers do not take its rates")
     has_dropout = config.hidden_dropout_rate > 0 or config.attention_dropout_rate > 0
     gradient = make_gradient(model, options)
 
@@ -143,7 +146,7 @@ def make_train_step(
         loss, grads, metrics = gradient(state.params, batch, key, num_microbatches)
         with jax.named_scope("optimizer"):
             metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-            extra = {}
+            extra: Any = {"rates": widths_of(config).rates(state.params)} if config.mup else {}
             if limits is not None:
                 is_taken = (loss <= limits[0]) & (metrics["grad_norm"] <= limits[1])  # a NaN is not
                 metrics["is_taken"] = is_taken
@@ -154,7 +157,7 @@ def make_train_step(
             params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
             if limits is not None:
                 params = keep(params, state.params)
-                opt_state = opt_state if extra else keep(opt_state, state.opt_state)
+                opt_state = opt_state if "is_taken" in extra else keep(opt_state, state.opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

@@ -1,5 +1,6 @@
 """`python -m bloomjax.export`: from a checkpoint of any mesh to files that safetensors and transformers read."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import tiny_run
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from bloomjax import export, files, hf_folder, hf_verify, import_hf
+from bloomjax import export, files, hf, hf_folder, hf_verify, import_hf
 from bloomjax import model_dir as model_dir_module
 from bloomjax.checkpoints import Checkpoints
 from bloomjax.errors import BadInput
@@ -185,6 +186,31 @@ def test_masked_padding_rows_stay_behind(command, mesh_of, tmp_path):
     found = hf_folders.read(tmp_path / "hf")["word_embeddings.weight"]
     np.testing.assert_array_equal(found, params["embedding"][:300])
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 300
+
+
+MUP_GIN = """BloomConfig.mup = @MuP()
+MuP.base_emb_dim = 16
+MuP.base_num_heads = 4
+MuP.output_multiplier = 3.0
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_multipliers_of_mup_go_into_the_weights(command, mesh_of, tmp_path, dtype):
+    """transformers has none; --verify compares our model with them and theirs without, rounded alike."""
+    params = random_params()
+    _save(tmp_path / "run", mesh_of(1, 1, 1), params, MUP_GIN)
+    flags = [f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'hf'}", f"--dtype={dtype}"]
+    has_torch = all(map(importlib.util.find_spec, ("torch", "transformers")))
+    code, out, _ = command(export, *flags, *["--verify"] * has_torch)
+    assert code == 0 and (": equal\n" in out) == has_torch
+    for name in ("scale", "bias"):  # twice as wide as the base
+        params["final_norm"][name] = params["final_norm"][name] * np.float32(3.0 / 2)
+    for name, array in params["layers"]["qkv"].items():
+        part = array[:, :, 0] if name == "kernel" else array[:, 0]
+        part *= np.float32(2**-0.5)  # heads of 8, not 4
+    want = {n: x.astype(hf.NUMPY_DTYPES[dtype]) for n, x in expected(params).items()}
+    hf_folders.assert_same(hf_folders.read(tmp_path / "hf"), want)
 
 
 def test_a_number_too_large_for_float16(command, mesh_of, tmp_path):

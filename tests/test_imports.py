@@ -36,6 +36,7 @@ LAYERS = (
         "float8",
         "pointwise",
         "gradients",
+        "mup",
     },
     {"chips", "targets", "roofline"},
     {"energy", "noise_scale"},

@@ -15,15 +15,20 @@ from bloomjax.scaling_runs import Curve, Runs, final_runs
 _FORMATS = (".png", ".svg", ".pdf")
 
 
-def _figure(num_panels: int) -> tuple[Any, list[Any]]:
+def pyplot() -> Any:
+    """matplotlib's, for files. BadInput if it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
         raise BadInput(f"--plot needs matplotlib: pip install 'bloomjax[plot]' ({error})") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as found
 
-    figure, axes = pyplot.subplots(
+    return found
+
+
+def _figure(num_panels: int) -> tuple[Any, list[Any]]:
+    figure, axes = pyplot().subplots(
         1, num_panels, figsize=(6.4 * num_panels, 4.8), layout="constrained", squeeze=False
     )
     for axis in axes[0]:
@@ -40,13 +45,12 @@ def check_path(path: str) -> None:
         raise BadInput(f"--plot={path}: there is no folder {Path(path).parent}")
 
 
-def _save(figure: Any, path: str) -> None:
-    from matplotlib import pyplot
-
+def save(figure: Any, path: str) -> None:
+    """Writes the picture beside, renames it, forgets it."""
     beside = Path(path).with_name(f".{Path(path).name}{Path(path).suffix}")
     figure.savefig(beside, dpi=110)
     beside.rename(path)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 def _colours(values: np.ndarray) -> tuple[Any, Any]:
@@ -74,7 +78,7 @@ def plot_fit(fit: Fit, curves: Sequence[Curve], path: str) -> None:
     else:
         _loss_by_compute(axes[0], fit, curves)
         _residuals(axes[1], fit, runs)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _loss_by_compute(axis: Any, fit: Fit, curves: Sequence[Curve]) -> None:
@@ -200,7 +204,7 @@ def plot_check(verdict: Verdict, curve: Curve, end_tokens: float, path: str) -> 
         title=f"{curve.name}: {verdict.verdict}",
     )  # fmt: skip
     axis.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_noise(found: Any, path: str) -> None:
@@ -212,4 +216,4 @@ def plot_noise(found: Any, path: str) -> None:
     axis.step(steps, found["batch_size_samples"], where="post", color="black", label="batch size")
     axis.set(yscale="log", xlabel="step", ylabel="samples", title=Path(found["model_dir"]).name)
     axis.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)

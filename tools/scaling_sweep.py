@@ -168,7 +168,8 @@ def _plan_run(base: Base, shape: Shape, budget: float, runs_dir: str) -> Planned
     num_steps = max(1, round(wanted / batch))
     samples = num_steps * batch
     rate = base.learning_rate
-    peak = rate.peak * (shape.emb_dim / base.model.emb_dim) ** PEAK_EXPONENT
+    exponent = 0.0 if base.model.mup else PEAK_EXPONENT  # with muP one peak is for all widths
+    peak = rate.peak * (shape.emb_dim / base.model.emb_dim) ** exponent
     warmup = min(max(rate.warmup_samples / rate.decay_samples, _WARMUP[0]), _WARMUP[1])
     name = f"c{budget:.2g}-n{shape.params}".replace("+", "")
     overlay: dict[str, Any] = {
