@@ -25,6 +25,7 @@ from bloomjax.preflight import (
     open_matching_vocabulary,
     prepare_if_needed,
 )
+from bloomjax.reweighting import DoReMi
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
 from bloomjax.startup import claim_gpu_memory, keep_freed_memory, use_compilation_cache
@@ -51,6 +52,7 @@ def train(
     train_steps: int | None = None,
     train_samples: int | None = None,
     health: Health | None = None,
+    reweighting: DoReMi | None = None,
     cluster: Cluster | None = None,
     needs_checkpoint: bool = False,
     prepare: Callable[..., Any] | None = None,
@@ -69,6 +71,7 @@ def train(
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
       health: what watches over the run.
+      reweighting: of the loss, language by language; None counts every token alike.
       cluster: joins the processes of the job, if there are several; None in a process that is alone.
       needs_checkpoint: refuse to start anew; of an imported model.
       prepare: if bound, a missing store is made, by `python -m bloomjax.prepare` with the same flags.
@@ -121,6 +124,7 @@ def train(
         model_dir=model_dir, num_steps=num_steps, eval_every_steps=eval_every_steps, model=model,
         batch_schedule=batch_schedule, learning_rate=learning_rate, data=data, mesh=device_mesh,
         checkpoints=checkpoints, health=health, writer=writer, config_text=config.operative_config(),
+        reweighting=reweighting and reweighting.open(model, step, device_mesh, data, abstract.params),
     ) as run:  # fmt: skip
         state = None
         while state is None:
@@ -190,7 +194,7 @@ def loop(
         if run.is_done():
             return state
         _, batch = next(batches)
-        batch = run.begin_step(batch)
+        batch = run.begin_step(batch, state)
         rate, limits = run.next_learning_rate(), run.next_limits()
         with run.dispatching(batch):
             state, metrics = train_step(state, batch, rate, dropout_key, limits)
