@@ -77,7 +77,9 @@ def table(found: dict[str, Any]) -> list[str]:
     ]
     for row in found["languages"]:
         reference, share = row["reference"], row["share"]
-        before = f"{reference:>11.4%}{share / reference:>8.2f}" if reference else f"{'-':>11}{'-':>8}"
+        before = (
+            f"{reference:>11.4%}{share / reference:>8.2f}" if reference else f"{'-':>11}{'-':>8}"
+        )
         lines.append(
             f"{row['language']:<16}{before[:11]}{share:>11.4%}{before[11:]}{row['at_the_end']:>12.4%}"
             f"{row['excess_loss']:>13.4f}"
@@ -105,7 +107,9 @@ def write(path: Path, text: str) -> None:
     if path.exists():
         raise BadInput(f"--write={path} exists already")
     if (config.gin_dir() / path.name).exists():
-        raise BadInput(f"--write={path}: a shipped gin file is called {path.name}; take another name")
+        raise BadInput(
+            f"--write={path}: a shipped gin file is called {path.name}; take another name"
+        )
     if not path.resolve().parent.is_dir():
         raise BadInput(f"--write={path}: there is no folder {path.parent}")
     write_whole(path, text.encode())
