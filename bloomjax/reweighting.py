@@ -148,7 +148,7 @@ class Reweighting:
         return self._weights.state() | {"reference": self._reference}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """From `state` of a checkpoint; None before step 1. BadInput if it is of another reference or other settings."""
+        """From `state` of a checkpoint; None before step 1. BadInput for another reference or other settings."""
         if state is None:
             self._weights.reset()
             return

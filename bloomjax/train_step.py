@@ -123,7 +123,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """train_step(state, batch, learning_rate, dropout_key, limits=None) -> (new state, {"loss", "grad_norm"}).
 
-    The loss is the mean over tokens, by the weights of their rows; filling rows and microbatches leave it and the gradient as
+    The loss is the mean over tokens, each row by its weight; filling rows and microbatches leave it and the gradient as
     they are. `grad_norm` is the global L2 norm before clipping. With `limits` (float32 [2], of loss and norm, finite) a
     step that is not within them leaves parameters and optimizer as they were, and "is_taken" says which it was.
     """
