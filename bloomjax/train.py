@@ -70,8 +70,7 @@ def train(
       step: microbatches and the like.
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
-      health: what watches over the run.
-      reweighting: of the loss, language by language; None counts every token alike.
+      health, reweighting: what watches over the run, and what weighs its languages (None: every token counts alike).
       cluster: joins the processes of the job, if there are several; None in a process that is alone.
       needs_checkpoint: refuse to start anew; of an imported model.
       prepare: if bound, a missing store is made, by `python -m bloomjax.prepare` with the same flags.
@@ -82,8 +81,7 @@ def train(
       reuse_host_memory: keep freed memory in the process; for training on a CPU, see `keep_freed_memory`.
 
     Returns:
-      Exit code: 0 when all is trained or the kill switch was found, 75 when something else stopped the run after
-      saving, that of `prepare` if it failed.
+      Exit code: 0 when all is trained or the kill switch was found, 75 when stopped otherwise, after a save; `prepare`'s.
 
     Raises:
       BadInput: anything given does not fit together; nothing was overwritten.
@@ -129,9 +127,8 @@ def train(
         state = None
         while state is None:
             state = attempt(
-                run, abstract, programs, seed, needs_checkpoint,
+                run, abstract, programs, seed, needs_checkpoint, eval_batches, vocabulary, filled,
                 lambda: data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, num_rows),
-                eval_batches, vocabulary, filled,
             )  # fmt: skip
         if health.stops.stopped_by and not run.is_done():
             return run.stop(state)
@@ -145,10 +142,10 @@ def attempt(
     programs: Sequence[Callable[..., Any]],
     seed: int,
     needs_checkpoint: bool,
-    batches_from_here: Callable[[], Generator[tuple[int, Batch], None, None]],
     eval_batches: Sequence[tuple[list[str], Batch]],
     vocabulary: Vocabulary,
     filled: Sequence[str],
+    batches_from_here: Callable[[], Generator[tuple[int, Batch], None, None]],
 ) -> TrainState | None:
     """Restores and steps; None after a roll back, when there is an earlier state to go on from."""
     init, from_params, train_step, eval_step = programs

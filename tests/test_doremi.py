@@ -308,7 +308,7 @@ class Planted:
         next_of = {pair: rng.choice(words) for pair in itertools.product(words, repeat=2)}
 
         def hard():
-            text = rng.choices(words, k=2)
+            text: list[str] = rng.choices(words, k=2)
             while len(text) < 60:  # sometimes any word, or it would run in a circle
                 pair = text[-2], text[-1]
                 text.append(rng.choice(words) if rng.random() < 0.2 else next_of[pair])
