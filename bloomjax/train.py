@@ -81,7 +81,7 @@ def train(
       reuse_host_memory: keep freed memory in the process; for training on a CPU, see `keep_freed_memory`.
 
     Returns:
-      Exit code: 0 when all is trained or the kill switch was found, 75 when stopped otherwise, after a save; `prepare`'s.
+      Exit code: 0 when all is trained or the kill switch is there, 75 after any other stop, that of a failed `prepare`.
 
     Raises:
       BadInput: anything given does not fit together; nothing was overwritten.

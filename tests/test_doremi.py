@@ -304,11 +304,12 @@ class Planted:
     """As a `tiny_run.Text`: easy is one sentence, hard follows a rule of its last two words, noise has no rule."""
 
     def __init__(self, folder: Path):
-        rng, words = random.Random(0), "we have so much time and little to do here now that".split()
+        rng = random.Random(0)
+        words = list[str]("we have so much time and little to do here now that".split())
         next_of = {pair: rng.choice(words) for pair in itertools.product(words, repeat=2)}
 
         def hard():
-            text: list[str] = rng.choices(words, k=2)
+            text = rng.choices(words, k=2)
             while len(text) < 60:  # sometimes any word, or it would run in a circle
                 pair = text[-2], text[-1]
                 text.append(rng.choice(words) if rng.random() < 0.2 else next_of[pair])
