@@ -46,6 +46,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.partitioning", ("MeshShape",)),
     ("bloomjax.checkpoints", ("Checkpoints",)),
     ("bloomjax.health", ("Health",)),
+    ("bloomjax.reweighting", ("DoReMi",)),
     ("bloomjax.stops", ("StopConditions",)),
     ("bloomjax.guard", ("SpikeGuard",)),
     ("bloomjax.watchdog", ("Watchdog",)),

@@ -28,6 +28,7 @@ from bloomjax.metrics import MetricsFile, Progress, ScalarWriter, lock_model_dir
 from bloomjax.model import Bloom
 from bloomjax.noise_scale import NoiseRecorder
 from bloomjax.position import Position
+from bloomjax.reweighting import Reweighting
 from bloomjax.schedules import BatchSchedule, CosineSchedule
 from bloomjax.train_state import TrainState
 from bloomjax.train_step import Batch
@@ -56,6 +57,7 @@ class Run:
         writer: Callable[[str, int], ScalarWriter] | None,
         config_text: str,
         language_noise: OpenLanguageNoise | None = None,
+        reweighting: Reweighting | None = None,
     ):
         self.model_dir = Path(model_dir)
         self.mesh = mesh
@@ -69,6 +71,7 @@ class Run:
         self._health = health
         self._language_noise = language_noise
         self._noise = NoiseRecorder()
+        self._reweighting = reweighting
         self._is_main = job.is_main()
         self._pending: dict[str, Any] | None = None  # record of the newest step
         self._make_writer = writer
@@ -166,12 +169,12 @@ class Run:
         if restored is None:
             self._restored_step = -1
             self.position.reset()
-            self._restore_guard({})
+            self._restore_parts({})
             self._metrics.resume_after(-1)
             return None
         state, position = restored
         self._restored_step = self.step
-        self._restore_guard(position)
+        self._restore_parts(position)
         if is_imported(position):
             self._origin = f"starts from {position['imported']['source']}"
             self._metrics.resume_after(-1)
@@ -186,9 +189,18 @@ class Run:
         self._verified_step = self.step
         return state
 
-    def _restore_guard(self, position: dict[str, Any]) -> None:
+    def _restore_parts(self, position: dict[str, Any]) -> None:
         if self._health.guard:
             self._health.guard.restore(position.get("guard"))
+        weights = position.get("reweighting")
+        if (weights is None) != (self._reweighting is None) and self.step:
+            was, now = ("with", "without") if weights else ("without", "with")
+            raise BadInput(
+                f"MODEL_DIR {self.model_dir} holds a run {was} train.reweighting, this configuration is one {now} it; "
+                "take another MODEL_DIR"
+            )
+        if self._reweighting:
+            self._reweighting.restore(weights)
 
     def roll_back(self, back: RollBack) -> None:
         """Deletes the samples of some steps, and puts aside the checkpoints that were trained on them.
@@ -270,13 +282,24 @@ class Run:
 
     # ---- steps ----
 
-    def begin_step(self, batch: Batch) -> Batch:
-        """Before the next step is dispatched: faults on purpose."""
+    def begin_step(self, batch: Batch, state: TrainState) -> Batch:
+        """Before the next step is dispatched: the weights of its rows, and faults on purpose."""
+        if self._reweighting:
+            batch = self._reweigh(self._reweighting, batch, state.params)
         fault = self._health.fault
         if fault is None:
             return batch
         fault.before_step(self.step + 1)
         return fault.on_batch(batch, self._data.samples_of(self.step + 1, self._batch_schedule))
+
+    def _reweigh(self, reweighting: Reweighting, batch: Batch, params: Any) -> Batch:
+        self._complete()  # which undoes the weights of a step that was refused
+        host_seconds = time.monotonic() - self._host_clock
+        samples = self._data.samples_of(self.step + 1, self._batch_schedule)
+        with self.dispatching(batch, "reweigh"):
+            batch = reweighting.reweigh(batch, params, self._data.mixture.locate(samples)[0])
+        self._host_clock = time.monotonic() - host_seconds  # it has waited for the device
+        return batch
 
     @contextlib.contextmanager
     def dispatching(self, batch: Batch, program: str = "step") -> Iterator[None]:
@@ -321,8 +344,13 @@ class Run:
         self._host_clock = time.monotonic()
         self.position.advance()
         size = self._batch_schedule.batch_size(self.step)
-        noise = self._noise_of_a_language(state.params)
-        self._pending = self._record() | {"batch_size": size, **metrics, **noise}
+        entries = self._noise_of_a_language(state.params)
+        if self._reweighting:
+            entries |= self._reweighting.record(self.step)
+            metrics = {
+                k: v for k, v in metrics.items() if not k.startswith("part_")
+            }  # of rows that weigh alike
+        self._pending = self._record() | {"batch_size": size, **metrics, **entries}
         if self._health.fault:
             state = self._health.fault.on_state(self.step, state)
         if self._health.replicas and self._health.replicas.is_due(self.step):
@@ -388,8 +416,8 @@ class Run:
             scalars = {
                 k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"
             }
-            for key in ("loss_by_language", "bits_per_byte_by_language", "epochs_by_language"):
-                scalars |= {f"{key}/{name}": x for name, x in record.get(key, {}).items()}
+            for key in [key for key in record if key.endswith("_by_language")]:
+                scalars |= {f"{key}/{name}": x for name, x in record[key].items()}
             self._writer.write_scalars(record["step"], scalars)
             if "bits_per_byte_by_language" in record:
                 shares = language_report.declared_shares(self._data.kept, record["samples"])
@@ -411,6 +439,8 @@ class Run:
             verdict = None if is_finite else Verdict("not_finite", "stop", 1)
         if verdict is None:
             return
+        if self._reweighting:
+            self._reweighting.undo()
         numbers = {
             name: x if math.isfinite(x) else str(x)
             for name, x in (("loss", loss), ("grad_norm", grad_norm))
@@ -524,6 +554,8 @@ class Run:
         position = {"record": record, **self.position.fields()}
         if guard:
             position["guard"] = guard.state()
+        if self._reweighting:
+            position["reweighting"] = self._reweighting.state()
         with self._ledger.during("save"), self._health.setup("save"):
             if self._health.fault:
                 self._health.fault.full_disk(self.step)

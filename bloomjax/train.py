@@ -26,6 +26,7 @@ from bloomjax.preflight import (
     open_matching_vocabulary,
     prepare_if_needed,
 )
+from bloomjax.reweighting import DoReMi
 from bloomjax.run import Run
 from bloomjax.schedules import BatchSchedule, CosineSchedule, run_length_steps
 from bloomjax.startup import begin_process
@@ -53,6 +54,7 @@ def train(
     train_samples: int | None = None,
     health: Health | None = None,
     language_noise: LanguageNoise | None = None,
+    reweighting: DoReMi | None = None,
     cluster: Cluster | None = None,
     needs_checkpoint: bool = False,
     prepare: Callable[..., Any] | None = None,
@@ -70,7 +72,7 @@ def train(
       step: microbatches and the like.
       vocabulary_path: of the store's vocabulary; copied to model_dir/vocabulary.
       seed: of initial weights and dropout; the order of data has its own (TrainData).
-      health: what watches over the run.
+      health, reweighting: what watches over the run, and what weighs its languages (None: every token counts alike).
       language_noise: measures the gradient noise of one language after the other.
       cluster: joins the processes of the job, if there are several; None in a process that is alone.
       needs_checkpoint: refuse to start anew; of an imported model.
@@ -82,8 +84,7 @@ def train(
       reuse_host_memory: keep freed memory in the process; for training on a CPU, see `keep_freed_memory`.
 
     Returns:
-      Exit code: 0 when all is trained or the kill switch was found, 75 when something else stopped the run after
-      saving, that of `prepare` if it failed.
+      Exit code: 0 when all is trained or the kill switch is there, 75 after any other stop, that of a failed `prepare`.
 
     Raises:
       BadInput: anything given does not fit together; nothing was overwritten.
@@ -120,13 +121,13 @@ def train(
         batch_schedule=batch_schedule, learning_rate=learning_rate, data=data, mesh=device_mesh,
         checkpoints=checkpoints, health=health, writer=writer, config_text=config.operative_config(),
         language_noise=language_noise and language_noise.open(model, step, device_mesh, data),
+        reweighting=reweighting and reweighting.open(model, step, device_mesh, data, abstract.params),
     ) as run:  # fmt: skip
         state = None
         while state is None:
             state = attempt(
-                run, abstract, programs, seed, needs_checkpoint,
+                run, abstract, programs, seed, needs_checkpoint, eval_batches, vocabulary, filled,
                 lambda: data.batches(run.step + 1, num_steps, batch_schedule, device_mesh, num_rows),
-                eval_batches, vocabulary, filled,
             )  # fmt: skip
         if health.stops.stopped_by and not run.is_done():
             return run.stop(state)
@@ -140,10 +141,10 @@ def attempt(
     programs: Sequence[Callable[..., Any]],
     seed: int,
     needs_checkpoint: bool,
-    batches_from_here: Callable[[], Generator[tuple[int, Batch], None, None]],
     eval_batches: Sequence[tuple[list[str], Batch]],
     vocabulary: Vocabulary,
     filled: Sequence[str],
+    batches_from_here: Callable[[], Generator[tuple[int, Batch], None, None]],
 ) -> TrainState | None:
     """Restores and steps; None after a roll back, when there is an earlier state to go on from."""
     init, from_params, train_step, eval_step = programs
@@ -189,7 +190,7 @@ def loop(
         if run.is_done():
             return state
         _, batch = next(batches)
-        batch = run.begin_step(batch)
+        batch = run.begin_step(batch, state)
         rate, limits = run.next_learning_rate(), run.next_limits()
         with run.dispatching(batch):
             state, metrics = train_step(state, batch, rate, dropout_key, limits)

@@ -22,7 +22,7 @@ from bloomjax.mup import widths_of
 from bloomjax.optimizer import SkippingTransformation
 from bloomjax.train_state import TrainState, init_state, state_of
 
-# tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh.
+# tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh, else mostly 1 (reweighting.py).
 Batch = dict[str, Any]
 
 
@@ -101,8 +101,8 @@ def row_losses(
 
 
 def make_gradient(model: Bloom, options: StepOptions) -> Callable[..., Any]:
-    """gradient(params, batch, key, num_microbatches) -> what `loss_and_gradient` returns, of the mean over tokens of
-    rows of weight 1: filling rows and microbatches leave it as it is. `key` is for dropout; None for none."""
+    """gradient(params, batch, key, num_microbatches) -> what `loss_and_gradient` returns, of the mean over tokens, each
+    row by its weight: filling rows and microbatches leave it as it is. `key` is for dropout; None for none."""
 
     def gradient(params, batch, key, num_microbatches):
         length = batch["tokens"].shape[1] - 1

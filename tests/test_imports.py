@@ -67,13 +67,14 @@ LAYERS = (
         "skips",
         "token_store",
         "vocabulary",
+        "doremi",
     },
     {"hf"},
     {"task_text", "prepare_pool", "prepare_beam", "prepare_shards"},
     {"decoding", "hf_tokenizer", "vocabulary_report", "language_report"},
     {"train_state"},
     {"train_step", "data", "checkpoints", "health", "metrics", "drift", "fault"},
-    {"position", "screen", "language_noise"},
+    {"position", "screen", "language_noise", "reweighting"},
     {"run", "preflight", "model_dir", "checkpoint_arrays", "hf_folder"},
     {"hf_verify"},
     {"plan_measure", "plan_suggest", "plan_report"},
@@ -245,6 +246,7 @@ def test_from_command_to_train_step_is_a_short_way():
 
 REQUIRED = {
     "MODEL_DIR": "'runs/x'", "STORE_DIR": "'runs/y'", "VOCABULARY": "'v.model'", "TEXT_DIR": "'text'",
+    "REFERENCE_DIR": "'runs/z'",
 }  # fmt: skip
 
 
@@ -258,6 +260,7 @@ def test_every_gin_file_is_whole(path):
         "roots": ["176b.gin"],
         "text_files": ["tiny.gin", "text_files.gin"],
         "continue": ["tiny.gin", "continue.gin"],
+        "doremi": ["tiny.gin", "doremi.gin"],
     }
     files = parts.get(path.stem, [path.name])
     texts = [config.find(file).read_text() for file in (*files, "pretrain.gin")]

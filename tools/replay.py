@@ -240,6 +240,10 @@ class Replay:
         health = settings.build_if_bound("train.health")
         self.guard: SpikeGuard | None = health and health.guard
         self.fault: Fault | None = health and health.fault
+        if settings.build_if_bound("train.reweighting"):
+            raise BadInput(
+                f"{model_dir} is a proxy run of DoReMi: the weights of its rows are not replayed"
+            )
         train_data = settings.build("train.train_data")
         check_model(self.model, self.mesh, train_data.sequence_lengths)
         self.data: OpenTrainData = train_data.open()
