@@ -112,7 +112,7 @@ class Position:
         shape = dataclasses.asdict(self._model.config)
         names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim")
         return {
-            "model": {name: shape[name] for name in names},
+            "model": {name: shape[name] for name in names} | self._model.config.departures,
             "data": self._data.identity(num_samples),
         }
 

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import float8, partitioning
+from bloomjax.embedding import head_table
 from bloomjax.errors import BadInput
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
@@ -90,7 +91,7 @@ def row_losses(
     )
     return linear_cross_entropy(
         x_BLD,
-        params["embedding"],
+        head_table(params),
         tokens[:, 1:],
         weights_BL,
         z_loss=options.z_loss,
