@@ -24,7 +24,10 @@ _BATCHES = {"toy": (2, 32), "small": (4, 512), "head": (4, 512)} | dict.fromkeys
 _HARDWARE = {"cpu": ["hardware/laptop.gin"], "gpu": ["hardware/h200_1.gin"], "tpu": []}
 _CONFIGURABLES = (
     ("bloomjax.model", ("BloomConfig", "Bloom")),
-    ("bloomjax.positions", ("NoPositions", "LearnedPositions", "SinusoidalPositions", "Rotary", "Alibi")),
+    (
+        "bloomjax.positions",
+        ("NoPositions", "LearnedPositions", "SinusoidalPositions", "Rotary", "Alibi"),
+    ),
     ("bloomjax.activations", ("Gelu", "SquaredRelu", "SwiGlu", "GeGlu", "ReGlu", "LiGlu")),
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.train_step", ("StepOptions",)),

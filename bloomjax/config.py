@@ -37,7 +37,10 @@ Key = tuple[str, str, str]  # scope, selector, parameter; macro NAME is (NAME, _
 # What a gin file may name: a module and names in it. Imported when a verb starts, not before.
 CONFIGURABLES: Configurables = (
     ("bloomjax.model", ("BloomConfig", "Bloom")),
-    ("bloomjax.positions", ("NoPositions", "LearnedPositions", "SinusoidalPositions", "Rotary", "Alibi")),
+    (
+        "bloomjax.positions",
+        ("NoPositions", "LearnedPositions", "SinusoidalPositions", "Rotary", "Alibi"),
+    ),
     ("bloomjax.activations", ("Gelu", "SquaredRelu", "SwiGlu", "GeGlu", "ReGlu", "LiGlu")),
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),

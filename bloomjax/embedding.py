@@ -77,7 +77,7 @@ embed.defvjp(_embed_forward, _embed_backward)
 
 
 class Table(nn.Module):
-    """A float32 matrix of its own, called "embedding" so that it decays as one: positions, or a head that is not tied."""
+    """A float32 matrix of its own, called "embedding" so that it decays as one: positions, a head that is not tied."""
 
     shape: tuple[int, int]
     names: tuple[str, str]

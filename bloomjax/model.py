@@ -154,8 +154,9 @@ class BloomConfig:
     @property
     def departures(self) -> dict[str, str]:
         """The parts of the architecture that are not BLOOM's."""
-        bloom = {"positions": Alibi(), "activation": Gelu(), "embedding_norm": True, "tied_head": True}
-        return {k: str(getattr(self, k)) for k, v in bloom.items() if getattr(self, k) != v}
+        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        parts = "positions", "activation", "embedding_norm", "tied_head"
+        return {name: str(values[name][0]) for name in parts if values[name][0] != values[name][1]}
 
     @property
     def num_valid_tokens(self) -> int | None:
@@ -264,8 +265,8 @@ class Bloom(nn.Module):
         block, broadcast = Block, cast(Any, nn.broadcast)
         if c.remat_policy != "none" or partitioning.on_mesh():
             policy = REMAT_POLICIES[c.remat_policy]
-            # XLA must not take what is recomputed for what the forward pass had; in a loop it cannot. On one device it may
-            # for the cast weights of unrolled layers: told apart, their float32 slices would be copied and kept.
+            # XLA must not take what is recomputed for what the forward pass had; in a loop it cannot. On one device it
+            # may for the cast weights of unrolled layers: told apart, their float32 slices would be copied and kept.
             prevent_cse: Any = not c.scan_layers
             if prevent_cse and not partitioning.on_mesh():
                 prevent_cse = (False, False) + (True,) * 5  # variables, random keys, arguments

@@ -228,7 +228,9 @@ def _peak_bytes(
     D, F, t, inputs = c.emb_dim, c.mlp_width, layout.tensor, c.activation.num_inputs
     held = num_params / t / layout.fsdp
     state = held * (12 + 4 * (2 if num_micro > 1 else 1))  # gradients, and their sum
-    kept = {"full": D, "minimal": 6 * D + inputs * F, "none": 20 * D + (3 + inputs) * F}[layout.remat_policy]
+    kept = {"full": D, "minimal": 6 * D + inputs * F, "none": 20 * D + (3 + inputs) * F}[
+        layout.remat_policy
+    ]
     saved = c.num_layers * tokens * 2 * kept / t
     layer = 4 * D * D + (1 + inputs) * D * F
     # bf16 weights of this layer and the next, float32 gradients of one before they are scattered.

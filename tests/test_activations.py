@@ -115,9 +115,13 @@ def step_of(parts, mesh_shape, **changes):
     abstract = abstract_state(model, OPTIMIZER, mesh)
     state = jit(init_state, static_argnums=(0, 1, 2))(model, OPTIMIZER, 5)
     rng = np.random.default_rng(0)  # biases, too, and not all alike
-    params = jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.standard_normal(a.shape, np.float32), state.params)
+    params = jax.tree.map(
+        lambda a: np.asarray(a) + 0.1 * rng.standard_normal(a.shape, np.float32), state.params
+    )
     state = jax.tree.map(
-        lambda a, s: jax.device_put(np.asarray(a), s.sharding), state.replace(params=params), abstract
+        lambda a, s: jax.device_put(np.asarray(a), s.sharding),
+        state.replace(params=params),
+        abstract,
     )
     tokens = rng.integers(0, 64, (ROWS, LENGTH + 1), np.int32)
     batch = {"tokens": tokens, "weights": np.ones(ROWS, np.float32)}
@@ -195,5 +199,6 @@ def test_what_is_no_bloom_is_not_exported(change, named):
     with pytest.raises(BadInput) as caught:
         hf.to_hf_config(dataclasses.replace(config, **change), 2048, "float32")
     assert str(caught.value) == (
-        "BloomForCausalLM has ALiBi, GELU, an embedding LayerNorm and a tied head; it cannot be a model with " + named
+        "BloomForCausalLM has ALiBi, GELU, an embedding LayerNorm and a tied head; it cannot be a model with "
+        + named
     )

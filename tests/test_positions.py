@@ -192,9 +192,19 @@ def test_a_whole_gpt_neox():
     D, H, V, N = 32, 4, 40, 2
     theirs = transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(
-            vocab_size=V, hidden_size=D, num_hidden_layers=N, num_attention_heads=H, intermediate_size=4 * D,
-            hidden_act="gelu_new", rotary_pct=0.5, rotary_emb_base=10_000, use_parallel_residual=False,
-            max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0, tie_word_embeddings=False,
+            vocab_size=V,
+            hidden_size=D,
+            num_hidden_layers=N,
+            num_attention_heads=H,
+            intermediate_size=4 * D,
+            hidden_act="gelu_new",
+            rotary_pct=0.5,
+            rotary_emb_base=10_000,
+            use_parallel_residual=False,
+            max_position_embeddings=64,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            tie_word_embeddings=False,
         )  # fmt: skip
     ).eval()
     config = BloomConfig(
@@ -214,7 +224,9 @@ def test_a_whole_gpt_neox():
             "input_layernorm.bias": p["attention_norm"]["bias"],
             "post_attention_layernorm.weight": p["mlp_norm"]["scale"],
             "post_attention_layernorm.bias": p["mlp_norm"]["bias"],
-            "attention.query_key_value.weight": p["qkv"]["kernel"].transpose(2, 1, 3, 0).reshape(3 * D, D),
+            "attention.query_key_value.weight": p["qkv"]["kernel"]
+            .transpose(2, 1, 3, 0)
+            .reshape(3 * D, D),
             "attention.query_key_value.bias": p["qkv"]["bias"].swapaxes(0, 1).reshape(-1),
             "attention.dense.weight": p["out"]["kernel"].reshape(D, D).T,
             "attention.dense.bias": p["out"]["bias"],
@@ -236,10 +248,19 @@ def test_a_whole_gpt2():
     D, H, V, N, L = 32, 4, 40, 2, 30
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=V, n_embd=D, n_layer=N, n_head=H, n_positions=L, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+            vocab_size=V,
+            n_embd=D,
+            n_layer=N,
+            n_head=H,
+            n_positions=L,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
         )  # fmt: skip
     ).eval()
-    config = BloomConfig(V, N, D, H, dtype="float32", positions=LearnedPositions(L), embedding_norm=False)
+    config = BloomConfig(
+        V, N, D, H, dtype="float32", positions=LearnedPositions(L), embedding_norm=False
+    )
     params = params_of(config)
     state = dict(theirs.state_dict())
     state["transformer.wte.weight"] = state["lm_head.weight"] = params["embedding"]
@@ -284,7 +305,10 @@ def test_more_tokens_than_learned_positions_are_refused():
         logits(config, params_of(config), some_tokens(1, 25))
     with pytest.raises(BadInput, match=message):
         generate(Bloom(config), params_of(config), [[3] * 20], max_new_tokens=5, eos_id=END)
-    assert len(generate(Bloom(config), params_of(config), [[3] * 20], max_new_tokens=4, eos_id=40)[0]) == 4
+    assert (
+        len(generate(Bloom(config), params_of(config), [[3] * 20], max_new_tokens=4, eos_id=40)[0])
+        == 4
+    )
 
 
 def test_a_run_with_too_few_positions_is_refused_before_it_starts(mesh_of):

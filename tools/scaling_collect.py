@@ -96,7 +96,9 @@ def read_run(path: str) -> RunFolder:
     return RunFolder(
         path=folder,
         params=flops.num_params(**model.shape),
-        params_non_embedding=flops.num_params(**model.shape | {"vocab_size": 0, "num_positions": 0}),
+        params_non_embedding=flops.num_params(
+            **model.shape | {"vocab_size": 0, "num_positions": 0}
+        ),
         sequence_length=length,
         end_tokens=batches.samples_after(num_steps) * length,
         schedule_tokens=config.build("train.learning_rate", gin_file).decay_samples * length,
