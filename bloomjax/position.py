@@ -75,8 +75,9 @@ class Position:
                 names = [name for name in mine if theirs.get(name) is not None]
             changed = [name for name in names if mine.get(name) != theirs.get(name)]
             if changed:
-                was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
-                now = ", ".join(f"{n}={_brief(mine.get(n))}" for n in changed)
+                absent = "BLOOM's" if kind == "model" else None  # only departures from it are saved
+                was = ", ".join(f"{n}={_brief(theirs.get(n, absent))}" for n in changed)
+                now = ", ".join(f"{n}={_brief(mine.get(n, absent))}" for n in changed)
                 raise BadInput(
                     f"MODEL_DIR {self._model_dir} holds a run with other {kind}: there {was}, here {now}; "
                     "take another MODEL_DIR"
