@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from reference_bloom import jit
 
-from bloomjax import config, flops
+from bloomjax import config, export, flops, generate
 from bloomjax.activations import Gelu
 from bloomjax.positions import LearnedPositions
 
@@ -155,3 +156,35 @@ def test_every_size_takes_every_overlay():
         for overlay in OVERLAYS:
             c = config.build("Bloom.config", base, [f"include 'ablations/{overlay}.gin'"])
             assert c.expected_params in (None, flops.num_params(**c.shape)), (base, overlay)
+
+
+@pytest.mark.slow
+def test_a_run_with_overlays_through_the_commands(tiny_text, tmp_path, command):
+    """Trains, goes on with the same parts alone, generates, and is no model of transformers."""
+    run = tmp_path / "run"
+
+    def train(*overlays):
+        flags = ["--gin.TRAIN_STEPS=20", *[f"--gin_file=ablations/{name}.gin" for name in overlays]]
+        return tiny_run.execute(tiny_run.command(tiny_text, run, *flags))
+
+    result = train("learned", "swiglu", "no_embed_norm")
+    assert result.returncode == 0, result.stderr
+    losses = tiny_run.losses(run)
+    assert losses[20] < losses[1] - 0.1
+    result = train("learned", "no_embed_norm")
+    assert result.returncode == 1
+    assert (
+        "holds a run with other model: there activation=SwiGlu(), here activation=BLOOM's"
+        in result.stderr
+    )
+    code, out, err = command(generate, f"--checkpoint={run}", "--prompt=ba", "--max_length=12")
+    assert code == 0 and out.strip().startswith("ba"), err
+    code, _, err = command(generate, f"--checkpoint={run}", "--prompt=ba", "--max_length=17")
+    assert code == 1 and "max_length=16 positions are learned, 17 tokens need more" in err
+    code, _, err = command(export, f"--checkpoint={run}")
+    assert code == 1 and err.count("\n") == 1
+    assert (
+        "cannot be a model with positions=LearnedPositions(max_length=16), activation=SwiGlu()"
+        in err
+    )
+    assert not (run / "hf").exists()
