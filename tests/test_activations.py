@@ -136,8 +136,15 @@ def step_of(parts, mesh_shape, **changes):
     return jax.tree.map(np.asarray, new.params), float(metrics["loss"]), traced, new, params
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize(("mesh", "microbatch"), [((2, 2, 2), None), ((1, 2, 4), 4)])
+@pytest.mark.parametrize(
+    ("parts", "mesh", "microbatch"),
+    [
+        ("rotary, SwiGLU, head", (2, 2, 2), None),
+        ("learned, squared ReLU", (2, 2, 2), None),
+        pytest.param("learned, documents", (2, 2, 2), None, marks=pytest.mark.slow),
+        *(pytest.param(parts, (1, 2, 4), 4, marks=pytest.mark.slow) for parts in PARTS),
+    ],
+)
 def test_every_mesh_takes_the_same_step(parts, mesh, microbatch):
     want, loss, _, _, start = step_of(parts, (1, 1, 1))
     got, sharded_loss, *_ = step_of(parts, mesh, microbatch=microbatch)
@@ -155,10 +162,11 @@ def test_where_the_new_parameters_lie():
     assert params["layers"]["mlp_in"]["kernel"].addressable_shards[0].data.shape == (2, 16, 2, 24)
     assert params["layers"]["mlp_in"]["bias"].addressable_shards[0].data.shape == (2, 2, 24)
     assert params["head"]["embedding"].addressable_shards[0].data.shape == (32, 16)
-    learned = step_of("learned, documents", (2, 2, 2), microbatch=None)[3].params
+    learned = step_of("learned, squared ReLU", (2, 2, 2), microbatch=None)[3].params
     assert learned["positions"]["embedding"].addressable_shards[0].data.shape == (16, 16)
 
 
+@pytest.mark.slow
 def test_gradients_of_layers_in_bfloat16_leave_the_others_alone():
     """Kernels leave through slots, tables as they are."""
     name = "rotary, SwiGLU, head"
