@@ -224,7 +224,7 @@ class Step:
         )
         self.arguments = batch, np.float32(RATE), jax.random.key(0)
         # The model asks for them by this name; a flag of its own would be one nobody trains with.
-        slopes = mock.patch("bloomjax.model.alibi_slopes", lambda n, *_: np.zeros(n))
+        slopes = mock.patch("bloomjax.positions.alibi_slopes", lambda n, *_: np.zeros(n))
         with slopes if name == "no ALiBi" else mock.MagicMock(), jax.set_mesh(mesh):
             traced = programs[2].trace(abstract, *self.arguments)
             self.matmuls = jaxpr_flops.matmul_flops(traced.jaxpr)

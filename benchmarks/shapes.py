@@ -24,6 +24,11 @@ _BATCHES = {"toy": (2, 32), "small": (4, 512), "head": (4, 512)} | dict.fromkeys
 _HARDWARE = {"cpu": ["hardware/laptop.gin"], "gpu": ["hardware/h200_1.gin"], "tpu": []}
 _CONFIGURABLES = (
     ("bloomjax.model", ("BloomConfig", "Bloom")),
+    (
+        "bloomjax.positions",
+        ("NoPositions", "LearnedPositions", "SinusoidalPositions", "Rotary", "Alibi"),
+    ),
+    ("bloomjax.activations", ("Gelu", "SquaredRelu", "SwiGlu", "GeGlu", "ReGlu", "LiGlu")),
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.train_step", ("StepOptions",)),
 )
@@ -57,10 +62,7 @@ class Setting:
     @property
     def dims(self) -> dict[str, int]:
         """As the functions of `bloomjax.flops` want them."""
-        c = self.config
-        return {
-            "vocab_size": c.vocab_size, "emb_dim": c.emb_dim, "num_layers": c.num_layers, "mlp_dim": c.mlp_width,
-        }  # fmt: skip
+        return self.config.shape
 
     def with_config(self, **changes: Any) -> "Setting":
         """The same with another BloomConfig."""

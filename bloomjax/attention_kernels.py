@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from bloomjax import partitioning
@@ -34,7 +35,7 @@ def attend(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
     v_BSHK: jax.Array,
-    slopes_H: jax.Array,
+    slopes_H: jax.Array | None,
     *,
     documents_BL: jax.Array | None = None,
     last_key_BL: jax.Array | None = None,
@@ -48,9 +49,12 @@ def attend(
     xla holds all scores of a window, xla_blocked those of 512 queries; the others hold none. "auto" takes the kernel of
     the platform (that of the mesh, else JAX's default): flash_gpu, flash_tpu, on a CPU and where those cannot do it one
     of the two of XLA. A kernel that was named is never replaced: what it cannot do is BadInput.
-    With `skip_far_blocks` flash kernels leave out keys too far away for float32 (`block_skipping`).
+    With `skip_far_blocks` flash kernels leave out keys too far away for float32 (`block_skipping`). `slopes_H` None is
+    attention without a bias: slopes of 0, and nothing is far away.
     """
     check_kernel(name)
+    if slopes_H is None:
+        slopes_H, skip_far_blocks = jnp.zeros(q_BLHK.shape[2]), False
     is_plain = rounding == "exact" and (dropout_rate == 0.0 or dropout_rng is None)
     if name == "auto":
         name = _kernel_of(platform(), is_plain, q_BLHK.shape[1])

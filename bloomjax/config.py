@@ -38,6 +38,11 @@ Key = tuple[str, str, str]  # scope, selector, parameter; macro NAME is (NAME, _
 CONFIGURABLES: Configurables = (
     ("bloomjax.model", ("BloomConfig", "Bloom")),
     ("bloomjax.mup", ("MuP",)),
+    (
+        "bloomjax.positions",
+        ("NoPositions", "LearnedPositions", "SinusoidalPositions", "Rotary", "Alibi"),
+    ),
+    ("bloomjax.activations", ("Gelu", "SquaredRelu", "SwiGlu", "GeGlu", "ReGlu", "LiGlu")),
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),
     ("bloomjax.data", ("TrainData", "Phase", "EvalData")),

@@ -4,7 +4,9 @@ Dimension key: B batch, L length, V vocabulary, D emb_dim.
 """
 
 import functools
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -72,3 +74,21 @@ def _embed_backward(dtype, residuals, g_BLD):
 
 
 embed.defvjp(_embed_forward, _embed_backward)
+
+
+class Table(nn.Module):
+    """A float32 matrix of its own, called "embedding" so that it decays as one: positions, a head that is not tied."""
+
+    shape: tuple[int, int]
+    names: tuple[str, str]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Any:
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), self.names)
+        return self.param("embedding", init, self.shape, jnp.float32)
+
+
+def head_table(params: Any) -> Any:
+    """The output matrix [V, D] among the parameters of a model, tied or not."""
+    return params.get("head", params)["embedding"]

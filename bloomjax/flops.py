@@ -8,23 +8,46 @@ BLOOM-176B is 149.0, 111.8 or 109.8 TFLOP/s per GPU.
 from typing import NamedTuple
 
 
-def num_params(*, vocab_size: int, emb_dim: int, num_layers: int, mlp_dim: int) -> int:
-    """Exact parameter count: tied head once, biases and LayerNorms included, ALiBi has none.
+def num_params(
+    *,
+    vocab_size: int,
+    emb_dim: int,
+    num_layers: int,
+    mlp_dim: int,
+    num_mlp_inputs: int = 1,
+    num_positions: int = 0,
+    num_embedding_norms: int = 1,
+    num_vocab_tables: int = 1,
+) -> int:
+    """Exact parameter count: biases and LayerNorms included. BLOOM's ALiBi has none, its tied head counts once.
 
-    With mlp_dim = 4 emb_dim it is L(12h^2 + 13h) + Vh + 4h: 176,247,271,424 for BLOOM-176B.
+    With mlp_dim = 4 emb_dim it is L(12h^2 + 13h) + Vh + 4h: 176,247,271,424 for BLOOM-176B. What else there may be
+    (`BloomConfig.shape`): matrices before an activation (2 for a gated one), learned positions, no LayerNorm after the
+    embedding, a second table for the head.
     """
-    return vocab_size * emb_dim + num_non_embedding_params(
-        emb_dim=emb_dim, num_layers=num_layers, mlp_dim=mlp_dim
+    return (num_vocab_tables * vocab_size + num_positions) * emb_dim + num_non_embedding_params(
+        emb_dim=emb_dim,
+        num_layers=num_layers,
+        mlp_dim=mlp_dim,
+        num_mlp_inputs=num_mlp_inputs,
+        num_embedding_norms=num_embedding_norms,
     )
 
 
-def num_non_embedding_params(*, emb_dim: int, num_layers: int, mlp_dim: int) -> int:
-    """`num_params` without the word embedding; the LayerNorm after the embedding counts."""
+def num_non_embedding_params(
+    *,
+    emb_dim: int,
+    num_layers: int,
+    mlp_dim: int,
+    num_mlp_inputs: int = 1,
+    num_embedding_norms: int = 1,
+) -> int:
+    """`num_params` without the tables of words and positions; the LayerNorm after the embedding counts."""
     attention = 4 * emb_dim * emb_dim + 4 * emb_dim  # query, key, value, output; with biases
-    mlp = 2 * emb_dim * mlp_dim + mlp_dim + emb_dim
+    mlp = num_mlp_inputs * (emb_dim * mlp_dim + mlp_dim) + mlp_dim * emb_dim + emb_dim
     norms = 4 * emb_dim  # two LayerNorms, scale and bias
     # Outside the blocks: the LayerNorm of the embedding and the last one.
-    return num_layers * (attention + mlp + norms) + 4 * emb_dim
+    return num_layers * (attention + mlp + norms) + 2 * (1 + num_embedding_norms) * emb_dim
 
 
 class FlopCount(NamedTuple):
@@ -50,22 +73,36 @@ class FlopCount(NamedTuple):
 
 
 def flops_per_token(
-    *, vocab_size: int, emb_dim: int, num_layers: int, mlp_dim: int, sequence_length_tokens: int
+    *,
+    vocab_size: int,
+    emb_dim: int,
+    num_layers: int,
+    mlp_dim: int,
+    sequence_length_tokens: int,
+    num_mlp_inputs: int = 1,
+    **other_params: int,
 ) -> FlopCount:
     """FLOPs to train on one token of a sequence of `sequence_length_tokens`.
 
+    `other_params` are those of `num_params` that are in no matrix product: six_n counts them.
+
     Megatron's formula (megatron/training.py of Megatron-DeepSpeed), per sequence and with factor f,
     is 24 f s L h^2 (1 + s / (6h) + V / (16 L h)), written for mlp_dim = 4h; here its 24 h^2 is
-    8 h^2 + 4 h mlp_dim, the same at 4h.
+    8 h^2 + 4 h mlp_dim, the same at 4h (8 h^2 + 6 h mlp_dim for a gated MLP).
     """
-    block_weights = num_layers * (4 * emb_dim * emb_dim + 2 * emb_dim * mlp_dim)
+    block_weights = num_layers * (4 * emb_dim * emb_dim + (num_mlp_inputs + 1) * emb_dim * mlp_dim)
     head_weights = vocab_size * emb_dim
     # Scores and weighted sum: two products of sequence_length x emb_dim a token and layer.
     attention = 4 * num_layers * sequence_length_tokens * emb_dim
     matmuls = 2 * (block_weights + head_weights)
     megatron = 2 * block_weights + attention + 1.5 * head_weights
     params = num_params(
-        vocab_size=vocab_size, emb_dim=emb_dim, num_layers=num_layers, mlp_dim=mlp_dim
+        vocab_size=vocab_size,
+        emb_dim=emb_dim,
+        num_layers=num_layers,
+        mlp_dim=mlp_dim,
+        num_mlp_inputs=num_mlp_inputs,
+        **other_params,
     )
     return FlopCount(
         causal=3.0 * (matmuls + attention / 2),
@@ -77,22 +114,10 @@ def flops_per_token(
 
 
 def flops_per_step(
-    *,
-    vocab_size: int,
-    emb_dim: int,
-    num_layers: int,
-    mlp_dim: int,
-    sequence_length_tokens: int,
-    batch_size_samples: int,
+    *, sequence_length_tokens: int, batch_size_samples: int, **shape: int
 ) -> FlopCount:
-    """FLOPs of one training step over `batch_size_samples` full sequences."""
-    per_token = flops_per_token(
-        vocab_size=vocab_size,
-        emb_dim=emb_dim,
-        num_layers=num_layers,
-        mlp_dim=mlp_dim,
-        sequence_length_tokens=sequence_length_tokens,
-    )
+    """FLOPs of one training step over `batch_size_samples` full sequences; `shape` as in `flops_per_token`."""
+    per_token = flops_per_token(**shape, sequence_length_tokens=sequence_length_tokens)
     num_tokens = batch_size_samples * sequence_length_tokens
     return FlopCount(*(flops * num_tokens for flops in per_token))
 

@@ -115,6 +115,12 @@ def saved_vocab_size(config: BloomConfig) -> int:
 
 def to_hf_config(config: BloomConfig, sequence_length: int, dtype: str) -> dict[str, Any]:
     """config.json. BadInput for what BloomForCausalLM cannot be."""
+    if config.departures:
+        named = ", ".join(f"{name}={value}" for name, value in config.departures.items())
+        raise BadInput(
+            "BloomForCausalLM has ALiBi, GELU, an embedding LayerNorm and a tied head; it cannot be a model with "
+            f"{named}"
+        )
     if config.mlp_width != 4 * config.emb_dim:
         raise BadInput(
             f"BloomForCausalLM has mlp_dim = 4 * emb_dim = {4 * config.emb_dim}, this model has {config.mlp_width}"

@@ -1,4 +1,5 @@
-"""BLOOM: embedding -> LayerNorm -> pre-LN blocks with ALiBi -> LayerNorm -> tied logits.
+"""BLOOM: embedding -> LayerNorm -> pre-LN blocks with ALiBi -> LayerNorm -> tied logits; or with other positions,
+activations and heads, as BloomConfig has them.
 
 Linen declares parameters, initializers and logical axes; what is computed stands in functions of arrays.
 Dimension key: B batch, L query length, S key length, V vocabulary, D emb_dim, H heads, K head_dim, F mlp_dim,
@@ -15,19 +16,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from bloomjax import partitioning
-from bloomjax.attention import (
-    ALIBI_ROUNDINGS,
-    alibi_slopes,
-    document_numbers,
-)
+from bloomjax.activations import Activation, Gelu
+from bloomjax.attention import ALIBI_ROUNDINGS, document_numbers
 from bloomjax.attention_kernels import attend, check_kernel
-from bloomjax.cached_attention import cached_attention
+from bloomjax.cached_attention import cached, cached_attention
 from bloomjax.dense import Dense
-from bloomjax.embedding import embed
+from bloomjax.embedding import Table, embed
 from bloomjax.errors import BadInput
+from bloomjax.layers import Dropout, LayerNorm
 from bloomjax.mup import MuP, widths_of
 from bloomjax.partitioning import constrain_activation, gather_length, scatter_length
-from bloomjax.pointwise import gelu, layer_norm
+from bloomjax.positions import Alibi, Places, Positions
 
 # What a layer keeps for its backward pass. `minimal` keeps the results of matmuls and the residual streams (20 D bytes
 # a token and layer in bf16) and recomputes norms and GELU; `full` keeps the layer's input only; `none` keeps all but
@@ -35,7 +34,7 @@ from bloomjax.pointwise import gelu, layer_norm
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names("gathered"),
     "minimal": jax.checkpoint_policies.save_only_these_names(
-        "qkv", "context", "residual", "pre_gelu"
+        "qkv", "context", "residual", "pre_activation"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -49,7 +48,10 @@ class BloomConfig:
       vocab_size: rows of the embedding, padding rows included (250,880 for BLOOM's 250,680 tokens).
       num_tokens_in_vocab: tokens the vocabulary has; only needed by mask_padding_vocab.
       mask_padding_vocab: give padding rows no probability. BLOOM and transformers do not.
-      mlp_dim: None means 4 * emb_dim.
+      mlp_dim: None means 4 * emb_dim, or what keeps a gated activation at as many parameters.
+      positions: an object of positions.py. activation: one of activations.py.
+      embedding_norm: a LayerNorm behind the embedding.
+      tied_head: the embedding is also the output matrix; False gives that a table of its own.
       dtype: of the compute ("bfloat16" or "float32"); parameters are always float32.
       gradient_dtype: in which the layers' weight gradients are summed over devices and microbatches; "bfloat16" sends
         and keeps half the bytes.
@@ -73,6 +75,10 @@ class BloomConfig:
     emb_dim: int
     num_heads: int
     mlp_dim: int | None = None
+    positions: Positions = Alibi()
+    activation: Activation = Gelu()
+    embedding_norm: bool = True
+    tied_head: bool = True
     num_tokens_in_vocab: int | None = None
     mask_padding_vocab: bool = False
     dtype: str = "bfloat16"
@@ -122,6 +128,8 @@ class BloomConfig:
             raise BadInput(f"matmul_dtype must be None or 'float8', got {self.matmul_dtype!r}")
         if self.alibi_rounding == "bf16_hf" and self.dtype != "bfloat16":
             raise BadInput(f"alibi_rounding='bf16_hf' needs dtype='bfloat16', got {self.dtype!r}")
+        if self.alibi_rounding != "exact" and self.positions.slopes(1, "exact") is None:
+            raise BadInput(f"alibi_rounding={self.alibi_rounding!r} needs positions=@Alibi()")
         if self.mask_padding_vocab and self.num_tokens_in_vocab is None:
             raise BadInput("mask_padding_vocab needs num_tokens_in_vocab, how many tokens are real")
         check_kernel(self.attention_kernel)
@@ -133,42 +141,29 @@ class BloomConfig:
     @property
     def mlp_width(self) -> int:
         """mlp_dim, or what None stands for."""
-        return self.mlp_dim or 4 * self.emb_dim
+        return self.mlp_dim or self.activation.default_mlp_dim(self.emb_dim)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What `flops` counts parameters and FLOPs of."""
+        return {
+            "vocab_size": self.vocab_size, "emb_dim": self.emb_dim, "num_layers": self.num_layers,
+            "mlp_dim": self.mlp_width, "num_mlp_inputs": self.activation.num_inputs,
+            "num_positions": self.positions.num_rows, "num_embedding_norms": int(self.embedding_norm),
+            "num_vocab_tables": 1 if self.tied_head else 2,
+        }  # fmt: skip
+
+    @property
+    def departures(self) -> dict[str, str]:
+        """The parts of the architecture that are not BLOOM's."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        parts = "positions", "activation", "embedding_norm", "tied_head"
+        return {name: str(values[name][0]) for name in parts if values[name][0] != values[name][1]}
 
     @property
     def num_valid_tokens(self) -> int | None:
         """From which column on logits are masked; None for nowhere."""
         return self.num_tokens_in_vocab if self.mask_padding_vocab else None
-
-
-class Dropout(nn.Module):
-    """Inverted dropout, scaled in float32: 1 / 0.9 rounded to bf16 would be 0.16 % off in every element."""
-
-    rate: float
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x):
-        if self.rate == 0.0 or self.deterministic:
-            return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
-        return jnp.where(keep, x.astype(jnp.float32) / (1.0 - self.rate), 0.0).astype(x.dtype)
-
-
-class LayerNorm(nn.Module):
-    epsilon: float
-    multiplier: float = 1.0  # of the result
-
-    @nn.compact
-    def __call__(self, x_BLD):
-        names, shape = ("norm",), (x_BLD.shape[-1],)
-        scale_D = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, names), shape
-        )
-        bias_D = self.param(
-            "bias", nn.with_logical_partitioning(nn.initializers.zeros, names), shape
-        )
-        return layer_norm(x_BLD, scale_D, bias_D, self.epsilon, self.multiplier)
 
 
 class Block(nn.Module):
@@ -178,8 +173,8 @@ class Block(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BLD, documents_BL, start, k_valid_BS):
-        """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py); None in training."""
+    def __call__(self, x_BLD, documents_BL, start, k_valid_BS, turn):
+        """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py), `turn` to rotary positions."""
         c = self.config
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
         widths = widths_of(c)
@@ -198,7 +193,9 @@ class Block(nn.Module):
         qkv_BLcHK = constrain_activation(qkv_BLcHK, "batch", "length", "qkv", "heads", "kv")
         # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays. The
         # parts are kept: kernels want them apart, and would have them copied from the whole once more.
-        q, k, v = (checkpoint_name(a.squeeze(2), "qkv") for a in jnp.split(qkv_BLcHK, 3, axis=2))
+        q, k, v = (a.squeeze(2) for a in jnp.split(qkv_BLcHK, 3, axis=2))
+        q, k = c.positions.rotate(q, k, turn)
+        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
         context_BLHK = self._attend(widths.scaled_query(q), k, v, documents_BL, start, k_valid_BS)
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = matmul(
@@ -209,11 +206,7 @@ class Block(nn.Module):
 
         h_BLD = LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x_BLD)
         h_BLD = gather_length(h_BLD)
-        h_BLF = matmul(
-            "BLD,DF->BLF", ("embed", "mlp"), (D, F), ("mlp",), std["mlp_in"], name="mlp_in"
-        )(h_BLD)
-        h_BLF = constrain_activation(h_BLF, "batch", "length", "mlp")
-        h_BLF = gelu(checkpoint_name(h_BLF, "pre_gelu"))
+        h_BLF = c.activation.mlp_in(matmul, h_BLD, F, std["mlp_in"])
         y_BLD = matmul(
             "BLF,FD->BLD", ("mlp", "embed"), (F, D), ("norm",), std["mlp_out"], name="mlp_out"
         )(h_BLF)
@@ -222,7 +215,7 @@ class Block(nn.Module):
 
     def _attend(self, q_BLHK, k_BLHK, v_BLHK, documents_BL, start, k_valid_BS):
         c = self.config
-        slopes_H = jnp.asarray(alibi_slopes(c.num_heads, c.alibi_rounding), jnp.float32)
+        slopes_H = c.positions.slopes(c.num_heads, c.alibi_rounding)
         if k_valid_BS is None:
             rate = 0.0 if self.deterministic else c.attention_dropout_rate
             # For initial values any will do, and a kernel need not be where they are made: `plan` has no TPU.
@@ -232,14 +225,9 @@ class Block(nn.Module):
                 rounding=c.alibi_rounding, dropout_rate=rate, skip_far_blocks=c.skip_far_blocks,
                 dropout_rng=self.make_rng("dropout") if rate else None,
             )  # fmt: skip
-        B, _, H, K = k_BLHK.shape
-        shape = (B, k_valid_BS.shape[1], H, K)
-        keys = self.variable("cache", "keys", jnp.zeros, shape, k_BLHK.dtype)
-        values = self.variable("cache", "values", jnp.zeros, shape, v_BLHK.dtype)
-        keys.value = jax.lax.dynamic_update_slice(keys.value, k_BLHK, (0, start, 0, 0))
-        values.value = jax.lax.dynamic_update_slice(values.value, v_BLHK, (0, start, 0, 0))
+        keys_BSHK, values_BSHK = cached(self, k_BLHK, v_BLHK, start, k_valid_BS.shape[1])
         return cached_attention(
-            q_BLHK, keys.value, values.value, slopes_H, start=start, k_valid_BS=k_valid_BS,
+            q_BLHK, keys_BSHK, values_BSHK, slopes_H, start=start, k_valid_BS=k_valid_BS,
             rounding=c.alibi_rounding,
         )  # fmt: skip
 
@@ -254,7 +242,10 @@ class Bloom(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
         shape = (c.vocab_size, c.emb_dim)
         self.embedding_VD: Any = self.param("embedding", init, shape, jnp.float32)
-        self.embedding_norm = LayerNorm(c.layer_norm_epsilon)
+        if c.embedding_norm:
+            self.embedding_norm = LayerNorm(c.layer_norm_epsilon)
+        if not c.tied_head:
+            self.head = Table(shape, ("vocab", "embed"), c.init_std)
         self.final_norm = LayerNorm(c.layer_norm_epsilon, widths_of(c).output_multiplier)
 
     @nn.compact
@@ -262,12 +253,18 @@ class Bloom(nn.Module):
         """Final hidden states [B, L, D] of int32 tokens. With `k_valid_BS` it decodes on the cache from `start` on."""
         c = self.config
         x_BLD = embed(c.dtype, self.embedding_VD, tokens_BL)
-        x_BLD = self.embedding_norm(x_BLD)
-        x_BLD = Dropout(c.hidden_dropout_rate, deterministic)(x_BLD)
-        x_BLD = constrain_activation(x_BLD, "batch", "residual_length", "embed")
+        x_BLD = self.embedding_norm(x_BLD) if c.embedding_norm else x_BLD
         documents_BL = None
         if c.document_end_id is not None and k_valid_BS is None:
             documents_BL = document_numbers(tokens_BL, c.document_end_id)
+        places = Places(tokens_BL.shape[1], documents_BL, start, k_valid_BS)
+        word_std = 1.0 if c.embedding_norm else c.init_std
+        x_BLD = c.positions.embed(x_BLD, places, init_std=c.init_std, word_std=word_std)
+        x_BLD = Dropout(c.hidden_dropout_rate, deterministic)(x_BLD)
+        x_BLD = constrain_activation(x_BLD, "batch", "residual_length", "embed")
+        turn = c.positions.turn(places, c.head_dim)
+        if self.is_initializing() and not c.tied_head:
+            self.head()  # else not used before the logits
         block, broadcast = Block, cast(Any, nn.broadcast)
         if c.remat_policy != "none" or partitioning.on_mesh():
             policy = REMAT_POLICIES[c.remat_policy]
@@ -275,7 +272,7 @@ class Bloom(nn.Module):
             # may for the cast weights of unrolled layers: told apart, their float32 slices would be copied and kept.
             prevent_cse: Any = not c.scan_layers
             if prevent_cse and not partitioning.on_mesh():
-                prevent_cse = (False,) * 2 + (True,) * 4  # variables, random keys; arguments
+                prevent_cse = (False, False) + (True,) * 5  # variables, random keys, arguments
             block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse)
         x_BLD, _ = nn.scan(
             block,
@@ -285,13 +282,14 @@ class Bloom(nn.Module):
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, deterministic, name="layers")(x_BLD, documents_BL, start, k_valid_BS)
+        )(c, deterministic, name="layers")(x_BLD, documents_BL, start, k_valid_BS, turn)
         return gather_length(self.final_norm(x_BLD))
 
     def logits(self, x_BLD) -> jax.Array:
         """float32 logits [B, L, V] of final hidden states; for decoding and tests, training uses losses.py."""
         c = self.config
-        w_VD = self.embedding_VD.astype(x_BLD.dtype)
+        w_VD = self.embedding_VD if c.tied_head else self.head()
+        w_VD = w_VD.astype(x_BLD.dtype)
         logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, w_VD, preferred_element_type=jnp.float32)
         if c.num_valid_tokens is not None:
             valid_11V = (jnp.arange(c.vocab_size) < c.num_valid_tokens)[None, None]

@@ -27,7 +27,9 @@ PARAMETER_RULES: dict[str, str | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "qkv": None,
+    "gate": None,
     "kv": None,
+    "positions": None,
     "norm": None,  # LayerNorms and biases of emb_dim: too small to be worth a gather
     "layers": None,
 }
@@ -39,6 +41,7 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "qkv": None,
+    "gate": None,
     "kv": None,
 }
 

@@ -230,8 +230,7 @@ class _Plan:
     def _flops(self) -> dict[str, Any]:
         c, setup = self.setup.model.config, self.setup
         model = flops.flops_per_step(
-            vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=c.mlp_width,
-            sequence_length_tokens=setup.sequence_length, batch_size_samples=setup.batch_size,
+            **c.shape, sequence_length_tokens=setup.sequence_length, batch_size_samples=setup.batch_size,
         )  # fmt: skip
         hardware = self.matmuls.flops / self.target.num_devices
         return {
@@ -327,6 +326,7 @@ class _Plan:
             num_microbatches=self.num_microbatches,
             tokens=self.num_rows * self.setup.sequence_length / shards,
             emb_dim=c.emb_dim, mlp_dim=c.mlp_width, num_layers=c.num_layers, num_heads=c.num_heads,
+            num_mlp_inputs=c.activation.num_inputs,
             vocab_size=c.vocab_size, sequence_length=self.setup.sequence_length, num_tensor=tensor,
             passes=4.0 if c.remat_policy == "full" else 3.0,
             scores_in_memory=c.attention_kernel == "xla",

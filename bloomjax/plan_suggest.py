@@ -179,18 +179,17 @@ def _guess(layout: Layout, setup: Setup, target: Target, assumptions: Assumption
     )
     num_rows = step.num_rows(setup.batch_size, mesh)
     num_micro = step.num_microbatches(num_rows // shards)
-    shape = {"vocab_size": c.vocab_size, "emb_dim": c.emb_dim, "num_layers": c.num_layers,
-             "mlp_dim": c.mlp_width}  # fmt: skip
-    num_params = flops.num_params(**shape)
+    num_params = flops.num_params(**c.shape)
     recomputes = layout.remat_policy == "full"
     model = flops.flops_per_step(
-        **shape, sequence_length_tokens=length, batch_size_samples=num_rows
+        **c.shape, sequence_length_tokens=length, batch_size_samples=num_rows
     )
     hardware = model.causal * (1.25 if recomputes else 1.0) / target.num_devices
     tokens = num_rows * length / shards
     traffic = roofline.memory_bytes(
-        **shape, params=num_params / layout.tensor / layout.fsdp, gathered_params=num_params / layout.tensor,
-        num_microbatches=num_micro, tokens=tokens, num_heads=c.num_heads, sequence_length=length,
+        params=num_params / layout.tensor / layout.fsdp, gathered_params=num_params / layout.tensor,
+        num_microbatches=num_micro, tokens=tokens, emb_dim=c.emb_dim, mlp_dim=c.mlp_width, num_layers=c.num_layers,
+        num_mlp_inputs=c.activation.num_inputs, num_heads=c.num_heads, vocab_size=c.vocab_size, sequence_length=length,
         num_tensor=layout.tensor, passes=4.0 if recomputes else 3.0,
         scores_in_memory=c.attention_kernel == "xla",
     )  # fmt: skip
@@ -226,15 +225,17 @@ def _peak_bytes(
 ) -> float:
     """Of one device; `tokens` of its rows in one microbatch."""
     c = setup.model.config
-    D, F, t = c.emb_dim, c.mlp_width, layout.tensor
+    D, F, t, inputs = c.emb_dim, c.mlp_width, layout.tensor, c.activation.num_inputs
     held = num_params / t / layout.fsdp
     state = held * (12 + 4 * (2 if num_micro > 1 else 1))  # gradients, and their sum
-    kept = {"full": D, "minimal": 6 * D + F, "none": 20 * D + 4 * F}[layout.remat_policy]
+    kept = {"full": D, "minimal": 6 * D + inputs * F, "none": 20 * D + (3 + inputs) * F}[
+        layout.remat_policy
+    ]
     saved = c.num_layers * tokens * 2 * kept / t
-    layer = 4 * D * D + 2 * D * F
+    layer = 4 * D * D + (1 + inputs) * D * F
     # bf16 weights of this layer and the next, float32 gradients of one before they are scattered.
     weights = layer / t * (2 * 2 + 2 * 4)
-    working = tokens * 2 * (3 * D + (6 * D + 4 * F) / t)
+    working = tokens * 2 * (3 * D + (6 * D + (3 + inputs) * F) / t)
     vocabulary = c.vocab_size * D / t * (2 + 4 + 4)
     logits = min(tokens, setup.step.loss_chunk_tokens) * c.vocab_size / t * 12
     return state + saved + weights + working + vocabulary + logits

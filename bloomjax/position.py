@@ -75,8 +75,9 @@ class Position:
                 names = [n for n in mine if theirs.get(n) is not None or n == "mup"]
             changed = [name for name in names if mine.get(name) != theirs.get(name)]
             if changed:
-                was = ", ".join(f"{n}={_brief(theirs.get(n))}" for n in changed)
-                now = ", ".join(f"{n}={_brief(mine.get(n))}" for n in changed)
+                absent = "BLOOM's" if kind == "model" else None  # only departures from it are saved
+                was = ", ".join(f"{n}={_brief(theirs.get(n, absent))}" for n in changed)
+                now = ", ".join(f"{n}={_brief(mine.get(n, absent))}" for n in changed)
                 raise BadInput(
                     f"MODEL_DIR {self._model_dir} holds a run with other {kind}: there {was}, here {now}; "
                     "take another MODEL_DIR"
@@ -112,7 +113,7 @@ class Position:
         shape = dataclasses.asdict(self._model.config)
         names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim", "mup")
         return {
-            "model": {name: shape[name] for name in names},
+            "model": {name: shape[name] for name in names} | self._model.config.departures,
             "data": self._data.identity(num_samples),
         }
 

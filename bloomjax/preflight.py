@@ -20,16 +20,15 @@ from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
 
 def check_model(model: Bloom, mesh: Mesh, sequence_lengths: Iterable[int]) -> None:
-    """BadInput if the mesh does not divide the model, or the parameters are not as many as expected."""
+    """BadInput if the mesh does not divide the model, it has too few positions, or not the parameters expected."""
     c = model.config
     for length in sequence_lengths:
+        c.positions.check_length(length)
         partitioning.check_divisible(
             mesh, sequence_length=length, vocab_size=c.vocab_size, num_heads=c.num_heads,
             mlp_dim=c.mlp_width, emb_dim=c.emb_dim,
         )  # fmt: skip
-    num = flops.num_params(
-        vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=c.mlp_width
-    )
+    num = flops.num_params(**c.shape)
     if c.expected_params is not None and num != c.expected_params:
         raise BadInput(
             f"this shape has {num:,} parameters, expected_params says {c.expected_params:,}"

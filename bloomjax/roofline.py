@@ -157,6 +157,7 @@ def memory_bytes(
     num_tensor: int,
     passes: float,
     scores_in_memory: bool,
+    num_mlp_inputs: int = 1,
 ) -> float:
     """Bytes that one device reads and writes in a step outside its matrix products' own reuse; rough, to a factor of 2.
 
@@ -171,7 +172,7 @@ def memory_bytes(
     # float32 gradients.
     weights = num_microbatches * gathered_params * (2 * 2 + 2 * passes + 4 * 4)
     # Forward, bf16: inputs and outputs of four matrix products and of what lies between (two norms, GELU, residuals).
-    layer = 2.0 * (26 * emb_dim + 4 * mlp_dim)
+    layer = 2.0 * (26 * emb_dim + (2 + 2 * num_mlp_inputs) * mlp_dim)
     activations = passes * num_layers * tokens * layer / num_tensor
     # Causal half, float32 scores: written, read by the softmax, probabilities written and read.
     scores = 2 * (4 + 2) * num_heads * sequence_length / 2 if scores_in_memory else 0.0

@@ -684,17 +684,11 @@ class Run:
         return self._data.sequence_length_of(int(self._data.kept.samples(position, 1)[0]))
 
     def _num_params(self) -> int:
-        c = self._model.config
-        return flops.num_params(
-            vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers, mlp_dim=c.mlp_width
-        )
+        return flops.num_params(**self._model.config.shape)
 
     def _flops_per_token_of(self, sequence_length: int) -> flops.FlopCount:
-        c = self._model.config
-        return flops.flops_per_token(
-            vocab_size=c.vocab_size, emb_dim=c.emb_dim, num_layers=c.num_layers,
-            mlp_dim=c.mlp_width, sequence_length_tokens=sequence_length,
-        )  # fmt: skip
+        shape = self._model.config.shape
+        return flops.flops_per_token(**shape, sequence_length_tokens=sequence_length)
 
 
 def held_out_losses(

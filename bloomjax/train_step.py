@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import float8, partitioning
+from bloomjax.embedding import head_table
 from bloomjax.errors import BadInput
 from bloomjax.gradients import loss_and_gradient
 from bloomjax.losses import linear_cross_entropy
@@ -91,7 +92,7 @@ def row_losses(
     )
     return linear_cross_entropy(
         x_BLD,
-        params["embedding"],
+        head_table(params),
         tokens[:, 1:],
         weights_BL,
         z_loss=options.z_loss,

@@ -14,6 +14,9 @@ from bloomjax import attention_kernels, kernel_check
 from bloomjax.attention import alibi_slopes, xla_attention
 from bloomjax.attention_kernels import KERNELS, attend, check_kernel, flash_kernel
 from bloomjax.errors import BadInput
+from bloomjax.flash_attention_gpu import Tiles, TritonKernel
+from bloomjax.flash_attention_tpu import TpuKernel
+from bloomjax.triton_kernels import Tile
 
 
 def problem(B=2, L=24, H=4, K=8, dtype=jnp.float32):
@@ -159,3 +162,27 @@ def test_a_kernel_that_does_not_compile_is_one_line(on, monkeypatch):
     ) as error:
         check()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["xla", "xla_blocked", "flash_gpu", "flash_tpu"])
+def test_without_slopes_there_is_no_bias(name, on, monkeypatch):
+    """Context and gradients are those of JAX's own attention; the kernels are interpreted."""
+    small = {
+        "flash_gpu": lambda: TritonKernel(32, 32, Tiles(*[Tile(32, 32, 4, 1)] * 3), interpret=True),
+        "flash_tpu": lambda: TpuKernel(block_tokens=128, interpret=True),
+    }
+    on({"flash_gpu": "gpu", "flash_tpu": "tpu"}.get(name, "cpu"))
+    monkeypatch.setattr(attention_kernels, "flash_kernel", lambda name: small[name]())
+    q, k, v, _ = problem(B=1, L=70, H=2, K=32)
+
+    def context_and_grads(attention):
+        def call(*qkv):
+            context, pull = jax.vjp(attention, *qkv)
+            return context, *pull(jnp.cos(context))
+
+        return jit(call)(q, k, v)
+
+    got = context_and_grads(lambda *qkv: attend(name, *qkv, None))
+    want = context_and_grads(functools.partial(jax.nn.dot_product_attention, is_causal=True))
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()

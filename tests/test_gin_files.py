@@ -1,10 +1,19 @@
 """The shipped configurations hold the published values."""
 
+import functools
 import math
+import re
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
+import tiny_run
+from reference_bloom import jit
 
-from bloomjax import config, flops
+from bloomjax import config, export, flops, generate
+from bloomjax.activations import Gelu
+from bloomjax.positions import LearnedPositions
 
 # BigScience train/tr11-176B-ml/tr11-176B-ml.slurm and smaller_models/*.slurm:
 # layers, hidden, heads, batch, ramp increment, lr, min lr, parameters.
@@ -57,3 +66,125 @@ def test_tiny_has_no_dropout_and_the_overlay_has():
 def test_init_std_is_that_of_the_largest_size():
     """tr11 took sqrt(1 / (3 h)) of h = 14336 for every size."""
     assert math.isclose(0.0048, math.sqrt(1 / (3 * 14336)), rel_tol=5e-3)
+
+
+def test_1b3_is_the_baseline_of_the_comparisons():
+    """BigScience train/tr3-1B3-baseline/tr3d-1B3-more-warmup.slurm."""
+    c = config.build("Bloom.config", "1b3.gin")
+    assert (c.num_layers, c.emb_dim, c.num_heads, c.mlp_width) == (24, 2048, 16, 8192)
+    assert (c.positions, c.activation) == (LearnedPositions(2048), Gelu())
+    assert (c.embedding_norm, c.tied_head, c.vocab_size) == (False, True, 50_688)
+    assert (c.init_std, c.hidden_dropout_rate, c.attention_dropout_rate) == (0.02, 0.1, 0.1)
+    assert c.expected_params == flops.num_params(**c.shape) == 1_316_605_952
+    schedule = config.build("train.batch_schedule", "1b3.gin")
+    assert schedule.batch_size_samples == 512 and schedule.ramp_start_samples == 32
+    assert (schedule.ramp_increment_samples, schedule.ramp_length_samples) == (32, 2_000_000)
+    rate = config.build("train.learning_rate", "1b3.gin")
+    assert (rate.peak, rate.end) == (2e-4, 1e-5)
+    assert (rate.warmup_samples, rate.decay_samples) == (183_105, 73_242_187)
+    assert config.build("train.train_samples", "1b3.gin") == 73_242_187
+    assert config.build("adamw.b2", "1b3.gin") == 0.999
+    assert config.build("TrainData.sequence_length", "1b3.gin") == 2048
+
+
+D, F, GATED, LENGTH = (
+    64,
+    256,
+    176,
+    2048,
+)  # of `SMALL`; 176 is the multiple of 16 nearest to two thirds of 256
+SMALL = [
+    "NUM_LAYERS = 2", f"EMB_DIM = {D}", "NUM_HEADS = 4", "VOCAB_SIZE = 96", "prepare.vocab_size = 96",
+    "BloomConfig.expected_params = None", "BloomConfig.dtype = 'float32'",
+]  # fmt: skip
+_GATED_MLP = 2 * (2 * (D * GATED + GATED) + GATED * D - (2 * D * F + F))
+# Base, and how many parameters more the overlay has.
+OVERLAYS = {
+    "none": ("1b3.gin", -LENGTH * D),
+    "learned": ("1b1.gin", LENGTH * D),
+    "rotary": ("1b3.gin", -LENGTH * D),
+    "alibi": ("1b3.gin", -LENGTH * D),
+    "sinusoidal": ("1b3.gin", -LENGTH * D),
+    "swiglu": ("1b3.gin", _GATED_MLP),
+    "geglu": ("1b3.gin", _GATED_MLP),
+    "squared_relu": ("1b3.gin", 0),
+    "embed_norm": ("1b3.gin", 2 * D),
+    "no_embed_norm": ("1b1.gin", -2 * D),
+    "dropout": ("1b1.gin", 0),
+    "no_dropout": ("1b3.gin", 0),
+}
+
+
+@functools.cache
+def trained_like(base, overlay=None):
+    """Parameters by path, and the mean loss of a batch with dropout."""
+    overlays = [f"include 'ablations/{overlay}.gin'"] if overlay else []
+    model = config.build("train.model", base, [*SMALL, *overlays])
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 32), np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens[:, :1])["params"]
+    flat = {jax.tree_util.keystr(path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(nn.unbox(shapes))}  # fmt: skip
+    # Equal where both models have them: an overlay has to change what is computed.
+    flat = {k: (k.endswith("['scale']")) + 0.1 * np.random.default_rng(len(k)).standard_normal(shape, np.float32)
+            for k, shape in flat.items()}  # fmt: skip
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, _: flat[jax.tree_util.keystr(path)], nn.unbox(shapes)
+    )
+    run = functools.partial(model.apply, deterministic=False)
+    x = jit(lambda p, key: run({"params": p}, tokens, rngs={"dropout": key}))(
+        params, jax.random.key(1)
+    )
+    return flat, np.asarray(x)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_ablation_overlays_change_what_they_say(overlay):
+    base, more = OVERLAYS[overlay]
+    before, x = trained_like(base)
+    after, y = trained_like(base, overlay)
+    assert sum(a.size for a in after.values()) - sum(a.size for a in before.values()) == more
+    c = config.build("Bloom.config", base, [*SMALL, f"include 'ablations/{overlay}.gin'"])
+    assert flops.num_params(**c.shape) == sum(a.size for a in after.values())
+    assert np.isfinite(y).all() and np.abs(x - y).max() > 1e-2
+    text = config.find(f"ablations/{overlay}.gin").read_text()
+    assert len(text.splitlines()) <= 10 and re.search(r"arXiv|train/tr\d|tr\d", text)
+
+
+def test_every_size_takes_every_overlay():
+    """The count that a size expects is no longer asked for where the overlay changes it."""
+    for base in ("1b3.gin", "560m.gin", "176b.gin", "tiny.gin"):
+        for overlay in OVERLAYS:
+            c = config.build("Bloom.config", base, [f"include 'ablations/{overlay}.gin'"])
+            assert c.expected_params in (None, flops.num_params(**c.shape)), (base, overlay)
+
+
+@pytest.mark.slow
+def test_a_run_with_overlays_through_the_commands(tiny_text, tmp_path, command):
+    """Trains, goes on with the same parts alone, generates, and is no model of transformers."""
+    run = tmp_path / "run"
+
+    def train(*overlays):
+        flags = ["--gin.TRAIN_STEPS=20", *[f"--gin_file=ablations/{name}.gin" for name in overlays]]
+        return tiny_run.execute(tiny_run.command(tiny_text, run, *flags))
+
+    result = train("learned", "swiglu", "no_embed_norm")
+    assert result.returncode == 0, result.stderr
+    losses = tiny_run.losses(run)
+    assert losses[20] < losses[1] - 0.1
+    result = train("learned", "no_embed_norm")
+    assert result.returncode == 1
+    assert (
+        "holds a run with other model: there activation=SwiGlu(), here activation=BLOOM's"
+        in result.stderr
+    )
+    code, out, err = command(generate, f"--checkpoint={run}", "--prompt=ba", "--max_length=12")
+    assert code == 0 and out.strip().startswith("ba"), err
+    code, _, err = command(generate, f"--checkpoint={run}", "--prompt=ba", "--max_length=17")
+    assert code == 1 and "max_length=16 positions are learned, 17 tokens need more" in err
+    code, _, err = command(export, f"--checkpoint={run}")
+    assert code == 1 and err.count("\n") == 1
+    assert (
+        "cannot be a model with positions=LearnedPositions(max_length=16), activation=SwiGlu()"
+        in err
+    )
+    assert not (run / "hf").exists()

@@ -1,6 +1,7 @@
 """tools/scaling.py: each verb from its command line, text and --json; bad input is one line."""
 
 import csv
+import dataclasses
 import json
 import math
 import shlex
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -16,6 +18,7 @@ from tiny_run import REPOSITORY
 
 from bloomjax import config, flops
 from bloomjax.errors import BadInput
+from bloomjax.model import Bloom
 from bloomjax.scaling_laws import DataConstrainedLaw
 from bloomjax.scaling_runs import Curve
 
@@ -484,6 +487,17 @@ def test_shapes_have_the_size_that_was_asked_for():
     assert (small.num_layers, small.emb_dim, small.num_heads) == (2, 48, 2)
     with pytest.raises(BadInput, match="has about 1e.06 parameters; the nearest has 32,"):
         scaling_sweep.find_shape(1e6, vocab_size=250_880, head_dim=128, aspect=100)
+
+
+def test_shapes_have_the_parts_of_the_base():
+    like = config.build("Bloom.config", "1b3.gin", ["include 'ablations/swiglu.gin'"])
+    like = dataclasses.replace(like, tied_head=False)
+    shape = scaling_sweep.find_shape(1e9, vocab_size=50_688, head_dim=128, aspect=100, like=like)
+    sizes = {name: getattr(shape, name) for name in ("num_layers", "emb_dim", "num_heads")}
+    model = Bloom(dataclasses.replace(like, **sizes, expected_params=None))
+    tree = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))
+    assert shape.params == sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    assert abs(shape.params / 1e9 - 1) < 0.055
 
 
 # ---- bad input ----

@@ -92,12 +92,13 @@ def read_run(path: str) -> RunFolder:
         config.build("train.train_steps", gin_file),
         config.build("train.train_samples", gin_file),
     )
-    shape = dict(emb_dim=model.emb_dim, num_layers=model.num_layers, mlp_dim=model.mlp_width)
     unique, shares = _open_store(gin_file)
     return RunFolder(
         path=folder,
-        params=flops.num_params(vocab_size=model.vocab_size, **shape),
-        params_non_embedding=flops.num_non_embedding_params(**shape),
+        params=flops.num_params(**model.shape),
+        params_non_embedding=flops.num_params(
+            **model.shape | {"vocab_size": 0, "num_positions": 0}
+        ),
         sequence_length=length,
         end_tokens=batches.samples_after(num_steps) * length,
         schedule_tokens=config.build("train.learning_rate", gin_file).decay_samples * length,

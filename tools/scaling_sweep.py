@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bloomjax import config, flops
+from bloomjax.activations import Gelu
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
 from bloomjax.model import BloomConfig
@@ -38,26 +39,37 @@ class Shape:
 
 
 def find_shape(
-    params: float, *, vocab_size: int, head_dim: int, aspect: float, max_layers: int = 160
+    params: float,
+    *,
+    vocab_size: int,
+    head_dim: int,
+    aspect: float,
+    max_layers: int = 160,
+    like: BloomConfig | None = None,
 ) -> Shape:
     """Of the BLOOMs within 5 % of `params` the one nearest to `aspect` (emb_dim / num_layers), else the nearest one.
 
-    Widths are multiples of `head_dim`, of 16 where heads are small. BadInput if none comes within 30 %: the embedding
-    alone may be larger.
+    Widths are multiples of `head_dim`, of 16 where heads are small. `like` says which positions, activation, norms and
+    head they have; None for BLOOM's. BadInput if none comes within 30 %: the embedding alone may be larger.
     """
+    activation = Gelu() if like is None else like.activation
+    parts = {} if like is None else {k: like.shape[k] for k in like.shape if k.startswith("num_")}
+    parts.pop("num_layers", None)
     step = head_dim if head_dim >= 64 else 16
     width = step * np.arange(1, 513)[:, None]
     layers = np.arange(1, max_layers + 1)[None, :]
-    # flops.num_params with mlp_dim = 4 emb_dim, on arrays.
-    count = layers * (12 * width**2 + 13 * width) + vocab_size * width + 4 * width
+    mlp_dim: Any = np.array([[activation.default_mlp_dim(int(each))] for each in width[:, 0]])
+    arrays: Any = {"emb_dim": width, "num_layers": layers, "mlp_dim": mlp_dim}
+    count = flops.num_params(vocab_size=vocab_size, **arrays, **parts)
     off = np.abs(np.log(count / params))
     penalty = 10 * np.maximum(off - 0.05, 0) + np.abs(np.log(width / layers / aspect))
     row, column = np.unravel_index(np.argmin(penalty), penalty.shape)
     num_layers, emb_dim = int(layers[0, column]), int(width[row, 0])
     divisors = [n for n in range(1, emb_dim // 8 + 1) if emb_dim % n == 0]
     num = flops.num_params(
-        vocab_size=vocab_size, emb_dim=emb_dim, num_layers=num_layers, mlp_dim=4 * emb_dim
-    )
+        vocab_size=vocab_size, emb_dim=emb_dim, num_layers=num_layers,
+        mlp_dim=activation.default_mlp_dim(emb_dim), **parts,
+    )  # fmt: skip
     if abs(math.log(num / params)) > math.log(1.3):
         raise BadInput(
             f"no BLOOM with heads of {head_dim} and a vocabulary of {vocab_size:,} has about {params:.3g} parameters; "
@@ -142,6 +154,7 @@ def plan(
                     vocab_size=base.model.vocab_size,
                     head_dim=base.model.head_dim,
                     aspect=base.model.emb_dim / base.model.num_layers,
+                    like=base.model,
                 )
             except BadInput as error:
                 remarks.append(f"{budget:.3g} FLOPs: {error}; left out")
@@ -205,9 +218,7 @@ def check_builds(run: PlannedRun) -> None:
     model = config.build("Bloom.config", bindings=bindings)
     rate = config.build("train.learning_rate", bindings=bindings)
     batches = config.build("train.batch_schedule", bindings=bindings)
-    num = flops.num_params(
-        vocab_size=model.vocab_size, emb_dim=model.emb_dim, num_layers=model.num_layers, mlp_dim=model.mlp_width
-    )  # fmt: skip
+    num = flops.num_params(**model.shape)
     samples = batches.samples_after(config.build("train.train_steps", bindings=bindings))
     if num != run.shape.params or samples != rate.decay_samples:
         raise BadInput(
