@@ -71,8 +71,8 @@ class Position:
         for kind, mine in self._identity(position["samples"]).items():
             theirs = position[kind]
             names = mine | theirs
-            if is_imported(position):  # what it does not know it cannot contradict; it has no muP
-                names = [n for n in mine if theirs.get(n) is not None or n == "mup"]
+            if is_imported(position):  # what it does not know it cannot contradict; it is a BLOOM
+                names = [n for n in mine if theirs.get(n) is not None or n in self._departures()]
             changed = [name for name in names if mine.get(name) != theirs.get(name)]
             if changed:
                 absent = "BLOOM's" if kind == "model" else None  # only departures from it are saved
@@ -111,11 +111,15 @@ class Position:
     # What a checkpoint must agree with.
     def _identity(self, num_samples: int) -> dict[str, Any]:
         shape = dataclasses.asdict(self._model.config)
-        names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim", "mup")
+        names = ("vocab_size", "num_layers", "emb_dim", "num_heads", "mlp_dim")
         return {
-            "model": {name: shape[name] for name in names} | self._model.config.departures,
+            "model": {name: shape[name] for name in names} | self._departures(),
             "data": self._data.identity(num_samples),
         }
+
+    def _departures(self) -> dict[str, str]:
+        config = self._model.config
+        return config.departures | ({"mup": str(config.mup)} if config.mup else {})
 
     def _check_chain(self, before: tuple[int, int], now: tuple[int, int]) -> None:
         """Whether this program deals the samples since the save before as the one did that trained on them."""

@@ -20,6 +20,7 @@ from bloomjax.model import Bloom, BloomConfig
 from bloomjax.mup import MuP, widths_of
 from bloomjax.optimizer import adamw
 from bloomjax.position import Position
+from bloomjax.positions import Rotary
 from bloomjax.schedules import BatchSchedule
 from bloomjax.train_state import TrainState, abstract_state, init_state
 from bloomjax.train_step import StepOptions, abstract_batch, make_train_step
@@ -237,15 +238,19 @@ def test_a_run_does_not_go_on_with_another_base(tiny_text, tmp_path):
     with_mup = saved(MuP(16, 4))
     position(MuP(16, 4)).check(with_mup)
     older = saved(None)
-    del older["model"]["mup"]
+    assert "mup" not in older["model"]  # as before there was one
     position(None).check(older)
     for mup, there in ((None, with_mup), (MuP(8, 4), with_mup), (MuP(16, 4), older)):
         with pytest.raises(BadInput, match="a run with other model: there mup="):
             position(mup).check(there)
     imported = older | {"imported": {"source": "x", "sequence_length": 16}, "data": {}}
     position(None).check(imported)
-    with pytest.raises(BadInput, match="a run with other model: there mup=None, here mup="):
+    with pytest.raises(BadInput, match="a run with other model: there mup=BLOOM's, here mup="):
         position(MuP(16, 4)).check(imported)
+    rotary = Bloom(BloomConfig(**shape, positions=Rotary()))
+    of_rotary = Position(tmp_path, rotary, position(None)._data, BatchSchedule(8))
+    with pytest.raises(BadInput, match="there positions=BLOOM's, here positions=Rotary"):
+        of_rotary.check(imported)
 
 
 def test_the_overlay_has_the_shape_of_its_base():
