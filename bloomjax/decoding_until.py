@@ -44,8 +44,7 @@ def generate_until(
     num_rows = next_size(len(prompts))
     shards = partitioning.num_batch_shards(mesh)
     num_rows = math.ceil(num_rows / shards) * shards
-    size = mesh.shape["tensor"]
-    P = math.ceil(padded_length(max(map(len, prompts))) / size) * size
+    P = padded_length(max(map(len, prompts)))
     tokens_BP, valid_BP = np.zeros((num_rows, P), np.int32), np.zeros((num_rows, P), bool)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, P - len(prompt) :] = prompt
@@ -53,23 +52,23 @@ def generate_until(
     k_valid_BS = np.pad(valid_BP, ((0, 0), (0, num_blocks * _BLOCK_TOKENS)), constant_values=True)
     out: list[list[int]] = [[] for _ in prompts]
     done = np.arange(num_rows) >= len(prompts)
-    with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
-        k_valid_BS = jax.device_put(k_valid_BS, rows)
-        logits_BV, cache = _start(model, params, jax.device_put(tokens_BP, rows), k_valid_BS)
-        for number in range(num_blocks):
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            start = jnp.int32(P + number * _BLOCK_TOKENS)
-            tokens_BN, logits_BV, cache = _block(
-                model, params, cache, logits_BV, k_valid_BS, start, key, jax.device_put(done, rows),
-                eos_id=eos_id, temperature=float(temperature), top_k=top_k, top_p=top_p,
-            )  # fmt: skip
-            for row, new in enumerate(np.asarray(tokens_BN).tolist()[: len(prompts)]):
-                if not done[row]:
-                    out[row] += new[: new.index(eos_id)] if eos_id in new else new
-                    done[row] = eos_id in new or is_done(out[row])
-            if done.all():
-                break
+    # Not under jax.set_mesh: one token cannot be split over `tensor`. The parameters say where things are computed.
+    rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
+    k_valid_BS = jax.device_put(k_valid_BS, rows)
+    logits_BV, cache = _start(model, params, jax.device_put(tokens_BP, rows), k_valid_BS)
+    for number in range(num_blocks):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        start = jnp.int32(P + number * _BLOCK_TOKENS)
+        tokens_BN, logits_BV, cache = _block(
+            model, params, cache, logits_BV, k_valid_BS, start, key, jax.device_put(done, rows),
+            eos_id=eos_id, temperature=float(temperature), top_k=top_k, top_p=top_p,
+        )  # fmt: skip
+        for row, new in enumerate(np.asarray(tokens_BN).tolist()[: len(prompts)]):
+            if not done[row]:
+                out[row] += new[: new.index(eos_id)] if eos_id in new else new
+                done[row] = eos_id in new or is_done(out[row])
+        if done.all():
+            break
     return [row[:max_new_tokens] for row in out]
 
 
@@ -105,5 +104,4 @@ def _block(
     (logits_BV, cache, _), token_NB = jax.lax.scan(
         step, (logits_BV, cache, done_B), jnp.arange(_BLOCK_TOKENS)
     )
-    tokens_BN = partitioning.constrain(token_NB.T, PartitionSpec())
-    return tokens_BN, logits_BV, cache
+    return token_NB.T, logits_BV, cache

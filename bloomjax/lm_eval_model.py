@@ -56,7 +56,9 @@ class _LanguageModel:
     def tokenizer_name(self) -> str:
         return self._vocabulary.path.name
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list:
         del add_special_tokens, options  # BLOOM's tokenizer adds none
         return list(self._encode(string))
 
