@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bloomjax.errors import BadInput
+from bloomjax.task_presets import SCRIPTS
 
 _SEED = 1234  # of the solved examples, and of what tasks do at random: the harness's own
 # For standard errors without a formula (f1, perplexity).
@@ -163,12 +164,13 @@ def _how_to_get(missing: dict[str, Exception]) -> str:
     import datasets
 
     cache = os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
-    names = ", ".join(missing)
-    line = f"the data of {names} is not on this disk ({cache}) and cannot be fetched from here"
+    line = f"the data of {', '.join(missing)} is not on this disk ({cache}) and cannot be fetched from here"
     if any(isinstance(error, FileNotFoundError) for error in missing.values()):
         line += (
             f" ({_one_line(next(e for e in missing.values() if isinstance(e, FileNotFoundError)))})"
         )
+    if scripts := sorted(SCRIPTS & set(missing)):
+        line += f" ({', '.join(scripts)}: a script, for which you need datasets<4)"
     return (
         f"{line}; where there is a network run: lm_eval --model dummy --limit 1 --tasks {','.join(missing)}; then "
         "copy that cache here (or set HF_HOME to it). --skip_missing evaluates the other tasks"

@@ -108,7 +108,8 @@ def cut(requests: Sequence[Request], max_length: int) -> list[Text]:
             raise BadInput(f"request {number} has an empty context or continuation")
         if len(continuation) > max_length:
             raise BadInput(
-                f"request {number} has a continuation of {len(continuation)} tokens, the model reads {max_length} (--max_length)"
+                f"request {number} has a continuation of {len(continuation)} tokens, the model reads {max_length} "
+                "(--max_length)"
             )
         tokens = np.asarray([*context, *continuation][-(max_length + 1) :], np.int32)
         texts.append(Text(number, tokens[:-1], np.asarray(continuation, np.int32)))

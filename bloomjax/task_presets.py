@@ -10,15 +10,15 @@ class TaskName:
     """A task under the name that was published, and what lm-evaluation-harness 0.4.13 calls it.
 
     Attributes:
-      metric: of the published mean; the harness's today is `current_metric` where that differs.
-      remark: what keeps numbers of today from being comparable, or the data from being loaded.
+      remark: what keeps numbers of today from being compared with those published.
+      is_script: whether its data set is a script, which `datasets` 4 and later refuse
+        (EleutherAI/lm-evaluation-harness issues 3171 and 3645).
     """
 
     published: str
     current: str
-    metric: str = "acc"
-    current_metric: str | None = None
     remark: str = ""
+    is_script: bool = False
 
 
 # What BigScience evaluated its 1.3B models on, zero-shot (bigscience-workshop/bigscience, evaluation/results/tr3:
@@ -31,33 +31,31 @@ BIGSCIENCE_27 = (
     TaskName("headqa_en", "headqa_en"),
     TaskName("hellaswag", "hellaswag"),
     TaskName("lambada", "lambada_openai"),
-    TaskName("logiqa", "logiqa", remark="data by a script, which datasets 4 and later refuse"),
+    TaskName("logiqa", "logiqa", is_script=True),
     TaskName("mathqa", "mathqa"),
     TaskName("mrpc", "mrpc"),
     TaskName("multirc", "multirc", remark="accuracy by question then, by answer now"),
     TaskName("openbookqa", "openbookqa"),
     TaskName("piqa", "piqa"),
     TaskName("prost", "prost"),
-    TaskName("pubmedqa", "pubmedqa", remark="data by a script, which datasets 4 and later refuse"),
+    TaskName("pubmedqa", "pubmedqa", is_script=True),
     TaskName("qnli", "qnli"),
     TaskName("qqp", "qqp"),
     TaskName("race", "race"),
     TaskName("rte", "rte"),
     TaskName("sciq", "sciq"),
     TaskName("sst", "sst2"),
-    TaskName(
-        "triviaqa", "triviaqa", current_metric="exact_match",
-        remark="log-likelihood of the answers then, generation now",
-    ),
-    TaskName("webqs", "webqs", current_metric="exact_match"),
+    TaskName("triviaqa", "triviaqa", remark="answers scored then, generated now (exact_match)"),
+    TaskName("webqs", "webqs", remark="called exact_match now"),
     TaskName("wic", "wic"),
     TaskName("winogrande", "winogrande"),
     TaskName("wnli", "wnli"),
     TaskName("wsc", "wsc"),
-)  # fmt: skip
+)
 PRESETS = {"bigscience27": BIGSCIENCE_27}
 CURRENT_NAMES: dict[str, str] = {task.published: task.current for task in BIGSCIENCE_27}
-# The metric of a task's row in a table: the first of these that it has, unless a preset says otherwise.
+SCRIPTS = {task.current for task in BIGSCIENCE_27 if task.is_script}
+# The metric of a task's row in a table: the first of these that it has.
 MAIN_METRICS = (
     "acc", "exact_match", "em", "f1", "bits_per_byte", "word_perplexity", "perplexity",
 )  # fmt: skip

@@ -60,6 +60,17 @@ def test_both_kinds_in_one_table(command, ours, published):
     assert len({len(line) for line in out.splitlines()}) == 1
 
 
+def test_the_mean_is_of_accuracies():
+    columns = [
+        Results(n, {"boolq": {"acc": x}, "copa": {"acc": x}, "mc_taco": {"em": 1.0}})
+        for n, x in (("a", 0.5), ("b", 0.25))
+    ]
+    assert (
+        markdown(columns).splitlines()[-1].split()
+        == "| mean of 2 tasks | | 50.00% | 25.00% |".split()
+    )
+
+
 def test_one_task_has_no_mean():
     assert "mean" not in markdown([Results("a", {"boolq": {"acc": 0.5}})])
 
