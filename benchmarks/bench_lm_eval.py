@@ -3,7 +3,7 @@
     python benchmarks/bench_lm_eval.py --checkpoint runs/tiny [--hf runs/tiny/hf/300] [--documents 64]
 
 Needs `pip install 'lm-eval[hf]' torch`. The requests are those of a multiple-choice task of ragged lengths: a passage
-of the demo corpus, four endings. Both are timed from texts to log-likelihoods, in float32, in turn, after a first pass
+of the demo corpus, some endings. Both are timed from texts to log-likelihoods, in float32, in turn, after a first pass
 that compiles ours; `hf` with the best of several batch sizes. Their log-likelihoods are compared.
 """
 
@@ -28,10 +28,11 @@ from bloomjax.scoring import Scorer
 
 CORPUS = Path(__file__).resolve().parent.parent / "tasks" / "demo_corpus"
 LANGUAGES = ("ar", "bn", "ca", "en", "es", "fr", "hi", "sw", "vi")
-NUM_ENDINGS = 4
 
 
-def make_requests(num_documents: int, max_tokens: int, encode, seed: int = 0) -> list:
+def make_requests(
+    num_documents: int, num_endings: int, max_tokens: int, encode, seed: int = 0
+) -> list:
     """(context, ending) of each request; `max_tokens` is of the longest, the shortest has an eighth."""
     from lm_eval.api.instance import Instance
 
@@ -50,7 +51,7 @@ def make_requests(num_documents: int, max_tokens: int, encode, seed: int = 0) ->
         while len(encode(" ".join(text[first : first + num + 1]))) <= wanted:
             num += 1
         context = " ".join(text[first : first + num])
-        for ending in range(NUM_ENDINGS):
+        for ending in range(num_endings):
             start = rng.randrange(len(text) - 2)
             words_of_ending = text[start : start + rng.randint(1, 2)]
             arguments = (context, " " + " ".join(words_of_ending))
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="MODEL_DIR, or an HF folder")
     parser.add_argument("--hf", type=Path, help="its export; made if not given")
     parser.add_argument("--documents", type=measure.whole_number, default=64)
+    parser.add_argument("--endings", type=measure.whole_number, default=4, help="of each document")
     parser.add_argument("--rounds", type=measure.whole_number, default=3)
     parser.add_argument("--max_length", type=measure.whole_number, help="of training by default")
     parser.add_argument("--batch_tokens", type=measure.whole_number, default=2048)
@@ -124,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         batch_tokens=args.batch_tokens,
     )  # fmt: skip
     ours = language_model(scorer, trained.vocabulary)
-    requests = make_requests(args.documents, max_length, trained.vocabulary.encode)
+    requests = make_requests(args.documents, args.endings, max_length, trained.vocabulary.encode)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.hf or Path(scratch) / "hf"
         if not args.hf:
@@ -142,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         ],
     )
     notes = (
-        f"{found['requests']} requests, {found['parameters']:,} parameters, up to {max_length} tokens: ratio "
-        f"{found['ratio']:.2f}; largest difference {found['largest_difference']:.1e}; {found['shapes']} shapes, first "
+        f"{found['requests']} requests ({args.endings} endings a document), {found['parameters']:,} parameters, "
+        f"up to {max_length} tokens: ratio {found['ratio']:.2f}; largest difference {found['largest_difference']:.1e}; {found['shapes']} shapes, first "
         f"pass with compilation {found['first_pass_seconds']:.1f} s"
     )
     measure.finish(
