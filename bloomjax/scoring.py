@@ -3,7 +3,7 @@
 Texts that begin alike (the endings of one question) form a group: the prefix goes through the model once, each suffix
 goes on from its cache. Logits are made of the scored positions only, a chunk at a time.
 
-Dimension key: B groups, P prefix slots, C texts of a group, S suffix slots, T scored positions, N = C * T,
+Dimension key: B groups, P prefix slots, C texts of a group, S suffix slots, N scored positions of a group,
 V vocabulary, D emb_dim.
 """
 
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 
     C: int
     S: int
-    T: int
+    N: int
     P: int
 
     @property
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
         return self.P + self.C * self.S
 
     def covers(self, other: "Shape") -> bool:
-        return self.C >= other.C and self.S >= other.S and self.T >= other.T and self.P >= other.P
+        return self.C >= other.C and self.S >= other.S and self.N >= other.N and self.P >= other.P
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +88,14 @@ class Group:
     @property
     def shape(self) -> Shape:
         longest = max(len(text.inputs) for text in self.texts) - self.prefix
-        num_scored = max(len(text.targets) for text in self.texts)
+        num_scored = sum(len(text.targets) for text in self.texts)
         if self.prefix == 0:
             slots = padded_length(max(longest, _MIN_SLOTS))
             return Shape(1, slots, min(next_size(num_scored), slots), 0)
         slots = next_size(max(longest, _MIN_SUFFIX_SLOTS))
         prefix = padded_length(max(self.prefix, _MIN_SLOTS))
-        return Shape(next_size(len(self.texts)), slots, slots, prefix)
+        columns = next_size(len(self.texts))
+        return Shape(columns, slots, min(next_size(num_scored), columns * slots), prefix)
 
 
 def cut(requests: Sequence[Request], max_length: int) -> list[Text]:
@@ -232,39 +233,44 @@ class Scorer:
 
 def fill(shape: Shape, num_rows: int, groups: Sequence[Group]) -> list[np.ndarray]:
     """Prefixes padded on the left [B, P] and where they are tokens; suffixes padded on the right [B, C, S]; for each
-    scored token its position in the suffix and its id, [B, C, T]."""
-    B, (C, S, T, P) = num_rows, shape
+    scored token, one text of a group after the other, its position among the C * S and its id, [B, N]."""
+    B, (C, S, N, P) = num_rows, shape
     prefix_BP, valid_BP = np.zeros((B, P), np.int32), np.zeros((B, P), bool)
     suffix_BCS = np.zeros((B, C, S), np.int32)
-    position_BCT, target_BCT = np.zeros((B, C, T), np.int32), np.zeros((B, C, T), np.int32)
+    position_BN, target_BN = np.zeros((B, N), np.int32), np.zeros((B, N), np.int32)
     for row, group in enumerate(groups):
         if group.prefix:
             prefix_BP[row, P - group.prefix :] = group.texts[0].inputs[: group.prefix]
             valid_BP[row, P - group.prefix :] = True
+        first = 0
         for column, text in enumerate(group.texts):
             suffix, num = text.inputs[group.prefix :], len(text.targets)
             suffix_BCS[row, column, : len(suffix)] = suffix
-            position_BCT[row, column, :num] = np.arange(len(suffix) - num, len(suffix))
-            target_BCT[row, column, :num] = text.targets
-    return [prefix_BP, valid_BP, suffix_BCS, position_BCT, target_BCT]
+            end = column * S + len(suffix)
+            position_BN[row, first : first + num] = np.arange(end - num, end)
+            target_BN[row, first : first + num] = text.targets
+            first += num
+    return [prefix_BP, valid_BP, suffix_BCS, position_BN, target_BN]
 
 
 def _read(
-    groups: Sequence[Group], logp_BCT: np.ndarray, likeliest_BCT: np.ndarray
+    groups: Sequence[Group], logp_BN: np.ndarray, likeliest_BN: np.ndarray
 ) -> Iterator[tuple[Text, Score]]:
     for row, group in enumerate(groups):
-        for column, text in enumerate(group.texts):
-            num = len(text.targets)
-            logp_T = logp_BCT[row, column, :num].astype(np.float64)
-            is_greedy = bool((likeliest_BCT[row, column, :num] == text.targets).all())
-            yield text, Score(float(logp_T.sum()), is_greedy)
+        first = 0
+        for text in group.texts:
+            last = first + len(text.targets)
+            logp = logp_BN[row, first:last].astype(np.float64).sum()
+            is_greedy = (likeliest_BN[row, first:last] == text.targets).all()
+            yield text, Score(float(logp), bool(is_greedy))
+            first = last
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _score_batch(model, params, prefix_BP, valid_BP, suffix_BCS, position_BCT, target_BCT):
-    """Log-probability of each target and the likeliest token in its place, float32 and int32 [B, C, T]."""
+def _score_batch(model, params, prefix_BP, valid_BP, suffix_BCS, position_BN, target_BN):
+    """Log-probability of each target and the likeliest token in its place, float32 and int32 [B, N]."""
     B, C, S = suffix_BCS.shape
-    P, T = prefix_BP.shape[1], target_BCT.shape[2]
+    P = prefix_BP.shape[1]
     if P == 0 and C == 1:
         x_BCSD = model.apply({"params": params}, suffix_BCS[:, 0])[:, None]
     else:
@@ -279,12 +285,10 @@ def _score_batch(model, params, prefix_BP, valid_BP, suffix_BCS, position_BCT, t
 
         # Not repeated rows: of the cache of all layers one copy is enough, and one layer's is copied at a time.
         x_BCSD = jax.vmap(go_on, in_axes=1, out_axes=1)(suffix_BCS)
-    x_BCTD = jnp.take_along_axis(x_BCSD, position_BCT[..., None], axis=2)
-    N, D = C * T, x_BCTD.shape[-1]
-    logp_BN, likeliest_BN = _score_tokens(
-        model, params, x_BCTD.reshape(B, N, D), target_BCT.reshape(B, N)
+    x_BND = jnp.take_along_axis(
+        x_BCSD.reshape(B, C * S, x_BCSD.shape[-1]), position_BN[..., None], axis=1
     )
-    outputs = logp_BN.reshape(B, C, T), likeliest_BN.reshape(B, C, T)
+    outputs = _score_tokens(model, params, x_BND, target_BN)
     return tuple(partitioning.constrain(a, PartitionSpec()) for a in outputs)
 
 
