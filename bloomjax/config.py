@@ -194,6 +194,12 @@ def operative_config() -> str:
     return "\n\n".join("\n".join(lines) for lines in groups if lines) + "\n"
 
 
+def use_gin_file(gin_file: str | Path) -> None:
+    """Takes `gin_file` where the flags name none, with the bindings of the flags: for a verb that finds one itself."""
+    if not _GIN_FILE.value:
+        flags.FLAGS[_GIN_FILE.name].value = [str(gin_file)]
+
+
 def arguments() -> list[str]:
     """The gin flags of this process, for another verb started with the same configuration."""
     files = [f"--gin_file={path}" for path in _GIN_FILE.value]

@@ -17,9 +17,12 @@ def command(undisturbed, tiny_text, capsys, tmp_path):
     text = (tiny_text.folder / "run.gin").read_text()
     (model_dir / "config.gin").write_text(text + f"MODEL_DIR = '{model_dir}'\n")
 
-    def call(*flags):
+    def call(*flags, by_checkpoint=False):
+        named = (
+            f"--checkpoint={model_dir}" if by_checkpoint else f"--gin_file={model_dir}/config.gin"
+        )
         with pytest.raises(SystemExit) as end:
-            evaluate.main(["evaluate", f"--gin_file={model_dir}/config.gin", *flags])
+            evaluate.main(["evaluate", named, *flags])
         out, err = capsys.readouterr()
         return end.value.code, out, err
 
@@ -46,6 +49,15 @@ def test_for_a_person(command, undisturbed):
     bits = tiny_run.records(undisturbed)[-1]["validation_bits_per_byte"]
     assert f"all languages: {loss:.3f}\n" in out
     assert out.endswith(f"bits per byte, mean over languages: {bits:.3f}\n")
+
+
+def test_the_checkpoint_alone_says_the_same(command):
+    """With the bindings of flags, and whatever MODEL_DIR its config.gin names: the folder may have moved."""
+    one = command("--json", "--gin.BloomConfig.dtype='float32'")
+    other = command(
+        "--json", "--gin.BloomConfig.dtype='float32'", "--gin.MODEL_DIR='moved'", by_checkpoint=True
+    )
+    assert other[0] == 0 and other[1] == one[1] != command("--json")[1]
 
 
 def test_on_another_mesh_in_float32(command):

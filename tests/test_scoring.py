@@ -1,0 +1,208 @@
+"""Log-likelihoods with shared prefixes, padding and few shapes against float64 BLOOM, one text at a time."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+import reference_bloom
+from test_decoding import MODEL, NEVER, params
+
+from bloomjax import prefix_cache, scoring
+from bloomjax.decoding_until import generate_until
+from bloomjax.errors import BadInput
+from bloomjax.scoring import Request, Scorer, batch_groups, cut, group_texts
+from bloomjax.train_state import abstract_params
+
+MAX_LENGTH = 40
+
+
+@pytest.fixture(autouse=True)
+def quickly():
+    """Nearly all the time is compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def likeliest(prompt, num):
+    """The next tokens, each the likeliest after those before; float64."""
+    wide, tokens = reference_bloom.to_float64(params()), list(prompt)
+    for _ in range(num):
+        logits = reference_bloom.logits(wide, np.array([tokens]))[0, -1]
+        runner_up, best = np.sort(logits)[-2:]
+        assert best - runner_up > 1e-4  # float32 decides the same
+        tokens.append(int(np.argmax(logits)))
+    return tokens[len(prompt) :]
+
+
+def ragged(num_questions=14, seed=0):
+    """Questions with one to five endings of 1 to 9 tokens, some too long; the likeliest endings; single tokens."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(num_questions):
+        context = rng.integers(0, 40, rng.integers(1, MAX_LENGTH + 12)).tolist()
+        for _ in range(1 + number % 5):
+            ending = rng.integers(0, 40, 1 if number % 3 == 0 else rng.integers(1, 10)).tolist()
+            found.append(Request(context, ending))
+    found += [Request([1], [5]), Request([1], [5, 6]), Request([2], list(range(MAX_LENGTH)))]
+    # The likeliest continuations, one of them spoilt at the end.
+    text = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
+    found += [Request(text, likeliest(text, num)) for num in (1, 3)]
+    found.append(Request(text, [*found[-1].continuation[:-1], NEVER - 1]))
+    order = rng.permutation(len(found))
+    return [found[i] for i in order]
+
+
+@functools.cache
+def expected():
+    """Of `ragged`: the score of each, in float64."""
+    wide = reference_bloom.to_float64(params())
+    found = []
+    for context, continuation in ragged():
+        tokens = np.array([*context, *continuation])[-(MAX_LENGTH + 1) :][None]
+        num = len(continuation)
+        total = -reference_bloom.token_losses(wide, tokens)[0, -num:].sum()
+        logits = reference_bloom.logits(wide, tokens[:, :-1])[0, -num:]
+        found.append((total, bool((logits.argmax(-1) == continuation).all())))
+    return found
+
+
+def assert_expected(scores):
+    """Of the first requests of `ragged`."""
+    for score, (total, is_greedy) in zip(scores, expected()[: len(scores)], strict=True):
+        assert score.log_probability == pytest.approx(total, abs=1e-4)
+        assert score.is_greedy == is_greedy
+
+
+def scorer(mesh, batch_tokens=128, model=MODEL):
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
+    placed = jax.device_put(params(), shardings)
+    return Scorer(model, placed, mesh, max_length=MAX_LENGTH, batch_tokens=batch_tokens)
+
+
+def test_scores_are_those_of_each_text_alone(mesh_of):
+    assert sum(is_greedy for _, is_greedy in expected()) >= 2
+    assert any(not is_greedy for _, is_greedy in expected())
+    done = []
+    ours = scorer(mesh_of(1, 1, 1))
+    assert_expected(ours.score(ragged(), done.append))
+    assert sum(done) == len(ragged()) and len(done) > 1
+    assert any(shape.P for shape, _ in ours.shapes) and any(not shape.P for shape, _ in ours.shapes)
+    assert len(ours.shapes) <= 6
+
+
+def test_on_a_mesh(mesh_of):
+    assert_expected(scorer(mesh_of(2, 2, 2), 512).score(ragged()[:24]))
+
+
+def test_with_few_logits_at_a_time_and_long_prefixes_in_pieces(mesh_of, monkeypatch):
+    monkeypatch.setattr(scoring, "_LOGITS_BYTES", 4 * 40 * 16)  # of 16 positions
+    monkeypatch.setattr(prefix_cache, "PIECE_TOKENS", 16)
+    jax.clear_caches()
+    assert_expected(scorer(mesh_of(1, 1, 1), 512).score(ragged()[:24]))
+    jax.clear_caches()
+
+
+def test_logits_of_all_positions_never_exist(mesh_of, monkeypatch):
+    """Of a program for 8 texts of 32 positions, a vocabulary of 40: nothing has 8 * 32 * 40 elements."""
+
+    def largest(limit_bytes):
+        monkeypatch.setattr(scoring, "_LOGITS_BYTES", limit_bytes)
+        jax.clear_caches()
+        arrays = scoring.fill(scoring.Shape(1, 32, 32, 0), 8, [])
+        with jax.set_mesh(mesh_of(1, 1, 1)):
+            text = scoring._score_batch.lower(MODEL, params(), *arrays).as_text()
+        sizes = [m.split("x") for m in re.findall(r"tensor<([\dx]+)x40xf32>", text)]
+        return max(np.prod([int(n) for n in size]) for size in sizes)
+
+    assert largest(1 << 28) == 8 * 32
+    assert largest(4 * 40 * 8 * 4) == max(8 * 4, MODEL.config.emb_dim)  # the embedding has 40 rows
+
+
+def test_a_document_end_in_a_context_hides_nothing(mesh_of):
+    model = type(MODEL)(dataclasses.replace(MODEL.config, document_end_id=5))
+    plain = Request([9, 5, 7], [3, 4])
+    (with_end,) = scorer(mesh_of(1, 1, 1), model=model).score([plain])
+    (without,) = scorer(mesh_of(1, 1, 1)).score([plain])
+    assert with_end == without
+
+
+def test_groups():
+    """Each text once; a common prefix is common, holds nothing scored, and saves tokens."""
+    texts = cut(ragged(60, seed=3), MAX_LENGTH)
+    groups = group_texts(texts)
+    assert sorted(t.number for g in groups for t in g.texts) == list(range(len(texts)))
+    shared = [g for g in groups if len(g.texts) > 1]
+    assert len(shared) > 10 and all(g.prefix == 0 for g in groups if g not in shared)
+    for group in shared:
+        assert all(group.prefix <= text.num_given for text in group.texts)
+        assert len({tuple(text.inputs[: group.prefix].tolist()) for text in group.texts}) == 1
+    computed = sum(g.prefix + sum(len(t.inputs) - g.prefix for t in g.texts) for g in groups)
+    assert computed < 0.6 * sum(len(text.inputs) for text in texts)
+
+
+def test_a_common_preamble_does_not_swallow_the_questions():
+    preamble = list(range(30))
+    requests = [
+        Request([*preamble, *[q] * 20], [ending]) for q in range(6) for ending in (1, 2, 3, 4)
+    ]
+    groups = group_texts(cut(requests, 100))
+    assert [(len(g.texts), g.prefix) for g in groups] == [(4, 49)] * 6
+
+
+def test_batches():
+    """Every group once, in a shape that holds it; long ones first; as few shapes as batches allow."""
+    rng = np.random.default_rng(1)
+    requests = [Request(rng.integers(0, 9, n).tolist(), [1, 2]) for n in rng.integers(2, 500, 400)]
+    groups = group_texts(cut(requests, 512))
+    batches = list(batch_groups(groups, batch_tokens=2048, row_multiple=4))
+    assert sum(len(members) for _, _, members in batches) == len(groups)
+    for shape, num_rows, members in batches:
+        assert len(members) <= num_rows and num_rows % 4 == 0
+        assert all(shape.covers(group.shape) for group in members)
+        assert num_rows * shape.num_tokens <= 1.6 * max(2048, 4 * shape.num_tokens)
+    sizes = [shape.num_tokens for shape, _, _ in batches]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len({batch[:2] for batch in batches}) <= 8
+    padded = sum(num_rows * shape.num_tokens for shape, num_rows, _ in batches)
+    assert padded < 1.6 * sum(len(text.inputs) for g in groups for text in g.texts)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request([], [1]), "empty context"),
+        (Request([1], []), "empty context or continuation"),
+        (Request([1], [1] * 41), "a continuation of 41 tokens, the model reads 40"),
+    ],
+)
+def test_what_cannot_be_scored(request_, message):
+    with pytest.raises(BadInput, match=message):
+        cut([request_], MAX_LENGTH)
+
+
+def test_sizes():
+    sizes = [prefix_cache.padded_length(n) for n in range(1, 3000)]
+    assert sizes == sorted(sizes) and len(set(sizes)) < 24
+    assert all(n <= size <= max(512, 1.5 * n + 1) for n, size in enumerate(sizes, 1))
+    assert all(size % 256 == 0 for size in sizes if size > 256)
+
+
+def test_generation_until_a_token_and_after_many_blocks(mesh_of):
+    """Greedy text over more than one block, left to itself and stopped."""
+    prompts = [(7,), (3, 1, 4, 1, 5, 9, 2), (30, 0, 30)]
+    theirs = {prompt: likeliest(prompt, 20) for prompt in prompts}
+    for mesh in (mesh_of(1, 1, 1), mesh_of(2, 2, 2)):
+        ours = scorer(mesh)
+        arguments = (ours.model, ours.params, mesh, prompts)
+        found = generate_until(*arguments, lambda ids: False, max_new_tokens=20, eos_id=NEVER)
+        assert found == list(theirs.values())
+        stopped = generate_until(*arguments, lambda ids: True, max_new_tokens=20, eos_id=NEVER)
+        assert stopped == [row[:16] for row in found]  # one block
+        eos_id = found[1][3]
+        ended = generate_until(*arguments, lambda ids: False, max_new_tokens=20, eos_id=eos_id)
+        assert ended[1] == found[1][: found[1].index(eos_id)]
