@@ -116,7 +116,9 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt (token ids, at least one) by up to `max_new_tokens`; a row ends before its </s>.
 
-    Raises BadInput for an empty prompt, an id that is no row of the embedding, or sampling options outside their range.
+    Raises BadInput for an empty prompt, an id that is no row of the embedding, sampling options outside their range, or
+    if there are no positions for the shortest prompt and all of its continuation; of a longer one, what is beyond them
+    is of no use.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise BadInput("a prompt is empty: give at least one token")
@@ -128,6 +130,7 @@ def generate(
     vocab_size = model.config.vocab_size
     if not all(0 <= token < vocab_size for prompt in prompts for token in prompt):
         raise BadInput(f"a prompt has token ids outside [0, {vocab_size})")
+    model.config.positions.check_length(min(map(len, prompts)) + max_new_tokens)
     tokens_BP, valid_BP = pad_left(prompts)
     out_BN = _generate(
         model, params, tokens_BP, valid_BP, jax.random.key(seed), max_new_tokens=max_new_tokens,

@@ -35,10 +35,6 @@ class Places(NamedTuple):
     start: Any = None
     k_valid_BS: jax.Array | None = None
 
-    @property
-    def num_slots(self) -> int:
-        return self.length if self.k_valid_BS is None else self.k_valid_BS.shape[1]
-
     def slots_L(self) -> jax.Array:
         """int32 [L]; the differences of two are distances of tokens, whatever the padding and the documents."""
         return jnp.arange(self.length) + (0 if self.start is None else self.start)
@@ -175,7 +171,8 @@ class LearnedPositions(Positions):
 
     def embed(self, x_BLD: Any, places: Places, *, init_std: float, word_std: float) -> Any:
         del word_std
-        self.check_length(places.num_slots)
+        if places.k_valid_BS is None:
+            self.check_length(places.length)  # with a cache there are slots for padding, too: the caller checks
         names = ("positions", "embed")
         shape = (self.max_length, x_BLD.shape[-1])
         table_PD = Table(shape, names, init_std, name="positions")()
@@ -183,7 +180,8 @@ class LearnedPositions(Positions):
         if places.documents_BL is None and places.start is None:
             rows_BLD = table_PD[None, : places.length]  # not looked up: its gradient is no scatter
         else:
-            rows_BLD = jnp.take(table_PD, places.positions_BL(), axis=0)
+            # What is beyond the table is padding: "fill" would be NaN, which no mask takes out of a sum.
+            rows_BLD = jnp.take(table_PD, places.positions_BL(), axis=0, mode="clip")
         # In float32, and so is the gradient's sum over the batch.
         return (x_BLD.astype(jnp.float32) + rows_BLD).astype(x_BLD.dtype)
 

@@ -180,8 +180,9 @@ class Scorer:
         """`max_length` tokens are read of a request, at most; about `batch_tokens` are computed at a time.
 
         The layers are looped over, whatever the model says: there are many shapes, each is compiled. A text is one
-        document, as in decoding.
+        document, as in decoding. BadInput if the model has fewer positions.
         """
+        model.config.positions.check_length(max_length)
         self.model = Bloom(
             dataclasses.replace(
                 model.config, scan_layers=True, remat_policy="none", document_end_id=None
@@ -221,8 +222,10 @@ class Scorer:
         return [score for score in found if score is not None]
 
     def _fit(self, shape: Shape) -> Shape:
-        """Lengths that the `tensor` axis divides: the residual stream is split over it."""
+        """Lengths that the `tensor` axis divides, for the residual stream is split over it, and that the model has."""
         size = self.mesh.shape["tensor"]
+        if shape.P == 0 and shape.S > self.max_length:
+            shape = shape._replace(S=self.max_length, N=min(shape.N, self.max_length))
         S, P = (math.ceil(n / size) * size for n in (shape.S, shape.P))
         return shape._replace(S=S, P=P)
 

@@ -11,10 +11,14 @@ import reference_bloom
 from test_decoding import MODEL, NEVER, params
 
 from bloomjax import prefix_cache, scoring
+from bloomjax.activations import SwiGlu
 from bloomjax.decoding_until import generate_until
 from bloomjax.errors import BadInput
+from bloomjax.model import Bloom
+from bloomjax.optimizer import adamw
+from bloomjax.positions import LearnedPositions, Rotary
 from bloomjax.scoring import Request, Scorer, batch_groups, cut, group_texts
-from bloomjax.train_state import abstract_params
+from bloomjax.train_state import abstract_params, init_state
 
 MAX_LENGTH = 40
 
@@ -206,3 +210,32 @@ def test_generation_until_a_token_and_after_many_blocks(mesh_of):
         eos_id = found[1][3]
         ended = generate_until(*arguments, lambda ids: False, max_new_tokens=20, eos_id=eos_id)
         assert ended[1] == found[1][: found[1].index(eos_id)]
+
+
+@pytest.mark.parametrize(
+    "kind", [Rotary(), LearnedPositions(MAX_LENGTH)], ids=["rotary", "learned"]
+)
+def test_other_positions_and_heads(mesh_of, kind):
+    """Prefixes stand at the end of their slots: positions count tokens, not slots."""
+    config = dataclasses.replace(
+        MODEL.config, positions=kind, tied_head=False, activation=SwiGlu(), expected_params=None
+    )
+    model, requests = Bloom(config), ragged(5)[:12]
+    tree = init_state(model, adamw(), 0).params
+    scorer = Scorer(model, tree, mesh_of(1, 1, 1), max_length=MAX_LENGTH, batch_tokens=200)
+    scores = scorer.score(requests)
+    assert any(shape.P for shape, _ in scorer.shapes)  # some share a prefix
+
+    @jax.jit
+    def whole(tokens):
+        hidden = model.apply({"params": tree}, tokens)
+        return model.apply({"params": tree}, hidden, method="logits")
+
+    for (context, continuation), score in zip(requests, scores, strict=True):
+        tokens = np.array([*context, *continuation])[-(MAX_LENGTH + 1) :]
+        padded = np.pad(tokens[:-1], (0, MAX_LENGTH - len(tokens) + 1))  # after it: not seen
+        logits = np.asarray(whole(padded[None]), np.float64)[0, : len(tokens) - 1]
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        num = len(continuation)
+        exact = logp[np.arange(len(tokens) - 1), tokens[1:]][-num:].sum()
+        assert score.log_probability == pytest.approx(exact, abs=1e-4)
