@@ -1,6 +1,6 @@
 """The loss layer: linear head and cross-entropy over a large vocabulary, with both gradients, against dense ones.
 
-    python benchmarks/bench_loss.py [--rounds N] [--json FILE] [--shape VOCAB,WIDTH,TOKENS ...] [--device gpu]
+    python benchmarks/bench_loss.py [--rounds N] [--output FILE] [--shape VOCAB,WIDTH,TOKENS ...] [--device gpu]
 
 Ours is `losses.linear_cross_entropy`; "dense" the same written down plainly in JAX, float32 logits of all tokens;
 "torch" `linear`, then cross-entropy of float32 logits, as transformers' BloomForCausalLM trains: in bfloat16 weights,
@@ -290,7 +290,7 @@ def text(row):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json")
+    parser.add_argument("--output", help="the report as JSON")
     parser.add_argument("--shape", action="append", help="vocabulary,width,tokens")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     args = parser.parse_args()
@@ -331,8 +331,8 @@ def main():
     print(
         f"{report['date']}, {args.device}, {report['cores']} cores, load {report['load_average']:.1f}; {versions}"
     )
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
             file.write("\n")
 

@@ -1,6 +1,6 @@
 """A training step with its optimizer: is it right, and how fast.
 
-    python benchmarks/bench_step.py [--size 7b1] [--device gpu] [--kernel K] [--remat P] [--microbatch N] [--fp8]
+    python benchmarks/bench_step.py [--size 7b1] [--device gpu] [--kernel K] [--remat P] [--microbatch N] [--float8]
         [--set NAME.FIELD=VALUE] [--json] [--output FILE]
 
 First the attention kernel is compared with float32 scores (`bloomjax.kernel_check`), then the step on a short window
@@ -39,7 +39,7 @@ CHECK_ROWS, CHECK_LENGTH = 2, 256
 TOLERANCES = {
     "float32": {"loss": 1e-4, "grad_norm": 5e-3, "parameter": 1e-2},
     "bfloat16": {"loss": 2e-3, "grad_norm": 2e-2, "parameter": 5e-2},
-    "fp8": {"loss": 1e-2, "grad_norm": 1e-1, "parameter": 2.5e-1},
+    "float8": {"loss": 1e-2, "grad_norm": 1e-1, "parameter": 2.5e-1},
 }
 VARIANTS = ("as configured", "no skipping", "no ALiBi")
 
@@ -56,33 +56,17 @@ def configured(args: argparse.Namespace, platform: str) -> shapes.Setting:
         ("StepOptions.microbatch_size_samples", args.microbatch),
     ):
         changes += [] if value is None else [f"{name}={value}"]
-    if args.fp8:
-        changes.append(f"BloomConfig.{fp8_field()}={args.fp8}")
+    if args.float8:
+        changes.append("BloomConfig.matmul_dtype=float8")
     return shapes.setting(
         args.size, platform, rows=args.batch, length=args.length, hardware=args.gin_file,
         changes=changes + args.set,
     )  # fmt: skip
 
 
-def fp8_field() -> str:
-    """The field of BloomConfig that turns fp8 on. BadInput if there is none."""
-    from bloomjax.model import BloomConfig
-
-    names = [field.name for field in dataclasses.fields(BloomConfig) if "fp8" in field.name]
-    if not names:
-        raise BadInput("--fp8: this BloomConfig has no field for it")
-    return names[0]
-
-
-def without_fp8(config: Any) -> dict[str, Any]:
-    """Changes of a BloomConfig that turn it off."""
-    return {f.name: f.default for f in dataclasses.fields(config) if "fp8" in f.name}
-
-
 def precision(config: Any) -> str:
     """The name in TOLERANCES."""
-    has_fp8 = any(getattr(config, name) != value for name, value in without_fp8(config).items())
-    return "fp8" if has_fp8 else config.dtype
+    return config.matmul_dtype or config.dtype
 
 
 def variants(setting: shapes.Setting, wanted: Sequence[str]) -> dict[str, shapes.Setting]:
@@ -150,7 +134,7 @@ def check_step(setting: shapes.Setting, mesh: Any, score_std: float) -> dict[str
     # Looped over the layers: it compiles faster, and computes the same.
     ours = setting.with_config(scan_layers=True)
     exact = ours.with_config(
-        dtype="float32", attention_kernel="xla", remat_policy="none", **without_fp8(ours.config)
+        dtype="float32", attention_kernel="xla", remat_policy="none", matmul_dtype=None
     )
     micro = CHECK_ROWS // 2 if setting.step.microbatch_size_samples else None
     options = dataclasses.replace(setting.step, microbatch_size_samples=micro)
@@ -353,7 +337,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", help="BloomConfig.attention_kernel")
     parser.add_argument("--remat", help="BloomConfig.remat_policy")
     parser.add_argument("--microbatch", type=measure.whole_number, help="rows worked on at a time")
-    parser.add_argument("--fp8", nargs="?", const="True", help="if BloomConfig has it")
+    parser.add_argument(
+        "--float8",
+        action="store_true",
+        help="products of the blocks in 8 bits: BloomConfig.matmul_dtype",
+    )
     parser.add_argument(
         "--set",
         action="append",

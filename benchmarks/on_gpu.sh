@@ -16,7 +16,8 @@ set -u
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
 batch=${BATCH:-8}
-read -ra flags_7b1 <<< "${FLAGS_7B1:---set adamw.first_moment_dtype=bfloat16}"
+read -ra flags_7b1 <<< "${FLAGS_7B1:---set adamw.first_moment_dtype=bfloat16 --set BloomConfig.gradient_dtype=bfloat16 \
+  --set BloomConfig.scan_layers=True}"
 kernels=(flash_gpu flash_hopper cudnn xla_blocked xla)
 
 usage() { sed -n 's/^#   //p' "$here/on_gpu.sh" >&2; }
@@ -42,6 +43,11 @@ plan() {
   for kernel in flash_hopper cudnn; do
     part "stepkernel_$kernel" 300 bench_step.py --size 560m --batch "$batch" --kernel "$kernel" --variants "as configured"
   done
+  for size in 1b7 7b1; do
+    flags=()
+    [[ $size != 7b1 ]] || flags=("${flags_7b1[@]}")
+    part "stepfloat8_$size" 400 bench_step.py --size "$size" --batch "$batch" --float8 --variants "as configured" "${flags[@]}"
+  done
   part ceiling 200 matmul_ceiling.py --size 560m 1b1 1b7 3b 7b1
   part peersmore_560m 590 bench_peers.py --size 560m --batch "$batch" --timeout 150 --programs bloomjax:float32 \
     transformers:float32 transformers+compile:float32 transformers+compile:autocast-bfloat16
@@ -59,9 +65,8 @@ is_wanted() {
 
 # part NAME SECONDS SCRIPT ARGUMENT...
 part() {
-  local name=$1 limit=$2 script=$3 code=0 began=$SECONDS report option=--output
+  local name=$1 limit=$2 script=$3 code=0 began=$SECONDS report
   shift 3
-  [[ $script != bench_loss.py ]] || option=--json
   is_wanted "$name" || return 0
   num_parts=$((num_parts + 1))
   if [[ $list ]]; then
@@ -71,7 +76,7 @@ part() {
   report=$(mktemp)
   echo "=== $name, $(date -u +%FT%TZ): $script $*" | tee -a "$out/log.txt"
   if [[ -f $here/$script ]]; then
-    timeout --kill-after=10 "$limit" "$python" -u "$here/$script" --device gpu "$@" "$option" "$report" 2>&1 |
+    timeout --kill-after=10 "$limit" "$python" -u "$here/$script" --device gpu "$@" --output "$report" 2>&1 |
       tee -a "$out/log.txt"
     code=${PIPESTATUS[0]}
   else

@@ -172,7 +172,9 @@ class LearnedPositions(Positions):
     def embed(self, x_BLD: Any, places: Places, *, init_std: float, word_std: float) -> Any:
         del word_std
         if places.k_valid_BS is None:
-            self.check_length(places.length)  # with a cache there are slots for padding, too: the caller checks
+            self.check_length(
+                places.length
+            )  # with a cache there are slots for padding, too: the caller checks
         names = ("positions", "embed")
         shape = (self.max_length, x_BLD.shape[-1])
         table_PD = Table(shape, names, init_std, name="positions")()
