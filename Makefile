@@ -30,7 +30,7 @@ test-slow: venv
 test-plan: venv  ## compiling for absent TPUs and GPUs; downloads their compilers, 1 GB
 	$(BIN)/pip install --quiet --editable '.[plan]' --constraint $(CONSTRAINTS)
 	$(BIN)/python -m pytest tests/test_plan.py tests/test_hlo.py tests/test_targets.py
-	$(BIN)/python -m pytest -k 'compile or refused or slots' tests/test_flash_attention_*.py tests/test_losses.py
+	$(BIN)/python -m pytest -k 'compile or refused or slots' tests/test_flash_attention_*.py tests/test_losses.py tests/test_step_programs.py
 
 lint: venv
 	$(BIN)/ruff check .
