@@ -140,8 +140,10 @@ def step_of(parts, mesh_shape, **changes):
     ("parts", "mesh", "microbatch"),
     [
         ("rotary, SwiGLU, head", (2, 2, 2), None),
-        ("learned, squared ReLU", (2, 2, 2), None),
-        pytest.param("learned, documents", (2, 2, 2), None, marks=pytest.mark.slow),
+        *(
+            pytest.param(parts, (2, 2, 2), None, marks=pytest.mark.slow)
+            for parts in list(PARTS)[1:]
+        ),
         *(pytest.param(parts, (1, 2, 4), 4, marks=pytest.mark.slow) for parts in PARTS),
     ],
 )

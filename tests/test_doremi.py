@@ -179,7 +179,7 @@ def straight(tiny_text, reference, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "mesh", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+    "mesh", [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((1, 1, 1), (2, 2, 2))], ids=str
 )
 def test_a_run_is_the_algorithm_in_float64(tiny_text, reference, tmp_path, mesh):
     """Weights and loss of each step from saved parameters, by another implementation of the model."""
@@ -243,7 +243,8 @@ def test_stopped_and_resumed_is_straight_on(tiny_text, reference, straight, tmp_
     assert tiny_run.fingerprints(tmp_path / "run", 12) == tiny_run.fingerprints(straight, 12)
 
 
-@pytest.mark.parametrize("policy", ["skip", pytest.param("rollback", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_a_refused_step_leaves_the_weights_alone(tiny_text, reference, straight, tmp_path, policy):
     faults = fault(nan_samples=(64, 72))  # those of step 9
     health = Health(guard=SpikeGuard(policy=policy), fault=faults)

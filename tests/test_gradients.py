@@ -57,11 +57,15 @@ def row_gradients():
     return np.array([np.concatenate([np.ravel(a) for a in row]) for row in rows], np.float64)
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("mesh", "microbatch", "num_parts"),
-    [((1, 1, 1), 4, 4), ((2, 2, 2), 2, 2), ((1, 1, 1), None, 1), ((1, 4, 2), 1, 4)],
+    [((1, 1, 1), 4, 4), ((2, 2, 2), 2, 2), ((1, 1, 1), None, 1), slow((1, 4, 2), 1, 4)],
 )
-@pytest.mark.parametrize("gradient_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gradient_dtype", ["float32", slow("bfloat16")])
 def test_norm_of_the_first_part(mesh_of, mesh, microbatch, num_parts, gradient_dtype):
     model = Bloom(BloomConfig(**SHAPE, dtype="float32", gradient_dtype=gradient_dtype))
     options, mesh = StepOptions(microbatch_size_samples=microbatch), mesh_of(*mesh)

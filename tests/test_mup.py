@@ -134,7 +134,11 @@ def with_multipliers(params, query, output):
     return wide, output
 
 
-@pytest.mark.parametrize("base_num_heads, query", [(1, 1.0), (2, 0.5**0.5), (4, 0.5)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("base_num_heads, query", [slow(1, 1.0), (2, 0.5**0.5), slow(4, 0.5)])
 def test_logits_and_gradients_equal_float64(base_num_heads, query):
     """Base width 8, here 32 with heads of 8: K is that of the base, twice or four times as much; 1/sqrt(K K/base K)."""
     mup = MuP(8, base_num_heads, output_multiplier=3.0, attention_multiplier=1.5)
@@ -204,6 +208,7 @@ def test_at_the_base_it_is_the_standard_parametrization_to_the_bit(mesh_of):
     )
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_has_the_multipliers():
     """Continuations are those of a plain model with the multipliers in its weights; without them they are others."""
     model = Bloom(BloomConfig(**SMALL, dtype="float32", mup=MuP(2, 1, attention_multiplier=40.0)))

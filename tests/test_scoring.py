@@ -99,10 +99,12 @@ def test_scores_are_those_of_each_text_alone(mesh_of):
     assert len(ours.shapes) <= 6
 
 
+@pytest.mark.slow
 def test_on_a_mesh(mesh_of):
     assert_expected(scorer(mesh_of(2, 2, 2), 512).score(ragged()[:24]))
 
 
+@pytest.mark.slow
 def test_with_few_logits_at_a_time_and_long_prefixes_in_pieces(mesh_of, monkeypatch):
     monkeypatch.setattr(scoring, "_LOGITS_BYTES", 4 * 40 * 16)  # of 16 positions
     monkeypatch.setattr(prefix_cache, "PIECE_TOKENS", 16)
@@ -196,6 +198,7 @@ def test_sizes():
     assert all(size % 256 == 0 for size in sizes if size > 256)
 
 
+@pytest.mark.slow
 def test_generation_until_a_token_and_after_many_blocks(mesh_of):
     """Greedy text over more than one block, left to itself and stopped."""
     prompts = [(7,), (3, 1, 4, 1, 5, 9, 2), (30, 0, 30)]
@@ -213,7 +216,9 @@ def test_generation_until_a_token_and_after_many_blocks(mesh_of):
 
 
 @pytest.mark.parametrize(
-    "kind", [Rotary(), LearnedPositions(MAX_LENGTH)], ids=["rotary", "learned"]
+    "kind",
+    [pytest.param(Rotary(), marks=pytest.mark.slow), LearnedPositions(MAX_LENGTH)],
+    ids=["rotary", "learned"],
 )
 def test_other_positions_and_heads(mesh_of, kind):
     """Prefixes stand at the end of their slots: positions count tokens, not slots."""
