@@ -63,8 +63,9 @@ def dtypes_of_products(text):
 def test_every_product_is_of_bfloat16(platform, changes):
     found = dtypes_of_products(lowered(platform, StepOptions(), **changes))
     assert found.keys() == {("bf16", "bf16")}
-    # Those of a layer stand once in the text: 4 and 2 of attention forward, twice as many backward. The head has 3.
-    assert sum(found.values()) == 18 + 3
+    # Of a layer 4 and 2 of attention forward, twice as many backward; they stand once in the text, or, where jax 0.11
+    # unrolls, once a layer. The head has 3.
+    assert sum(found.values()) in (18 + 3, 18 * LAYERS + 3)
 
 
 def test_in_float32_the_test_would_see_it():
