@@ -178,8 +178,9 @@ class Block(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BLD, documents_BL, start, k_valid_BS):
-        """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py); None in training."""
+    def __call__(self, x_BLD, seen, start, k_valid_BS):
+        """`seen` is (documents_BL, last_key_BL), each or None. `start` and `k_valid_BS` belong to decoding with a cache
+        (see decoding.py); None in training."""
         c = self.config
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
         widths = widths_of(c)
@@ -199,7 +200,7 @@ class Block(nn.Module):
         # Not slices: the gradient of a split is one concatenation, that of slices a sum of three padded arrays. The
         # parts are kept: kernels want them apart, and would have them copied from the whole once more.
         q, k, v = (checkpoint_name(a.squeeze(2), "qkv") for a in jnp.split(qkv_BLcHK, 3, axis=2))
-        context_BLHK = self._attend(widths.scaled_query(q), k, v, documents_BL, start, k_valid_BS)
+        context_BLHK = self._attend(widths.scaled_query(q), k, v, seen, start, k_valid_BS)
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = matmul(
             "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), std["out"], name="out"
@@ -220,15 +221,15 @@ class Block(nn.Module):
         y_BLD = scatter_length(y_BLD)
         return checkpoint_name(x_BLD + dropout(y_BLD), "residual"), None
 
-    def _attend(self, q_BLHK, k_BLHK, v_BLHK, documents_BL, start, k_valid_BS):
-        c = self.config
+    def _attend(self, q_BLHK, k_BLHK, v_BLHK, seen, start, k_valid_BS):
+        c, (documents_BL, last_key_BL) = self.config, seen
         slopes_H = jnp.asarray(alibi_slopes(c.num_heads, c.alibi_rounding), jnp.float32)
         if k_valid_BS is None:
             rate = 0.0 if self.deterministic else c.attention_dropout_rate
             # For initial values any will do, and a kernel need not be where they are made: `plan` has no TPU.
             kernel = "xla" if self.is_initializing() else c.attention_kernel
             return attend(
-                kernel, q_BLHK, k_BLHK, v_BLHK, slopes_H, documents_BL=documents_BL,
+                kernel, q_BLHK, k_BLHK, v_BLHK, slopes_H, documents_BL=documents_BL, last_key_BL=last_key_BL,
                 rounding=c.alibi_rounding, dropout_rate=rate, skip_far_blocks=c.skip_far_blocks,
                 dropout_rng=self.make_rng("dropout") if rate else None,
             )  # fmt: skip
@@ -258,15 +259,20 @@ class Bloom(nn.Module):
         self.final_norm = LayerNorm(c.layer_norm_epsilon, widths_of(c).output_multiplier)
 
     @nn.compact
-    def __call__(self, tokens_BL, *, deterministic: bool = True, start=None, k_valid_BS=None):
-        """Final hidden states [B, L, D] of int32 tokens. With `k_valid_BS` it decodes on the cache from `start` on."""
+    def __call__(
+        self, tokens_BL, *, deterministic: bool = True, start=None, k_valid_BS=None,
+        documents_BL=None, last_key_BL=None,
+    ):  # fmt: skip
+        """Final hidden states [B, L, D] of int32 tokens. With `k_valid_BS` it decodes on the cache from `start` on.
+
+        Without `documents_BL` those of config.document_end_id; `last_key_BL` as in `attention.xla_attention`.
+        """
         c = self.config
         x_BLD = embed(c.dtype, self.embedding_VD, tokens_BL)
         x_BLD = self.embedding_norm(x_BLD)
         x_BLD = Dropout(c.hidden_dropout_rate, deterministic)(x_BLD)
         x_BLD = constrain_activation(x_BLD, "batch", "residual_length", "embed")
-        documents_BL = None
-        if c.document_end_id is not None and k_valid_BS is None:
+        if documents_BL is None and c.document_end_id is not None and k_valid_BS is None:
             documents_BL = document_numbers(tokens_BL, c.document_end_id)
         block, broadcast = Block, cast(Any, nn.broadcast)
         if c.remat_policy != "none" or partitioning.on_mesh():
@@ -285,7 +291,7 @@ class Bloom(nn.Module):
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, deterministic, name="layers")(x_BLD, documents_BL, start, k_valid_BS)
+        )(c, deterministic, name="layers")(x_BLD, (documents_BL, last_key_BL), start, k_valid_BS)
         return gather_length(self.final_norm(x_BLD))
 
     def logits(self, x_BLD) -> jax.Array:

@@ -67,6 +67,7 @@ LAYERS = (
         "skips",
         "token_store",
         "vocabulary",
+        "objectives",
     },
     {"hf"},
     {"task_text", "prepare_pool", "prepare_beam", "prepare_shards"},
