@@ -220,6 +220,7 @@ class TrainData:
         for store in others:
             if store.vocabulary_fingerprint != first.vocabulary_fingerprint:
                 raise BadInput(f"{store.path} was made with another vocabulary than {first.path}")
+        _check_kind(self.objective, sources.values(), self.sequence_lengths)
         num_tokens = {
             name: store.num_tokens(lang, "train") for name, (store, lang) in sources.items()
         }
@@ -229,6 +230,23 @@ class TrainData:
         return OpenTrainData(
             first, sources, mixture, self._num_prefetched, self._skips, self.objective
         )
+
+
+def _check_kind(
+    objective: Objective, sources: Iterable[tuple[TokenStore, str]], lengths: Iterable[int]
+) -> None:
+    """BadInput where an objective for text meets examples, or the other way round, or windows cut them."""
+    for store, language in sources:
+        name, packed = type(objective).__name__, store.pack_tokens(language)
+        if objective.takes_examples != (packed is not None):
+            kind, objectives = ("text", "other objectives") if packed is None else (
+                "inputs and targets", "TrainData.objective = @InputsTargets()")  # fmt: skip
+            raise BadInput(f"{store.path} holds {kind}, not for {name}; that takes {objectives}")
+        if packed and (bad := [length for length in lengths if length % packed]):
+            raise BadInput(
+                f"{store.path} was packed for windows of {packed} tokens (prepare.pack_tokens), and SEQUENCE_LENGTH is "
+                f"{bad[0]}: no multiple of it"
+            )
 
 
 def _label(language: str, store: TokenStore, sources: dict[str, tuple[TokenStore, str]]) -> str:

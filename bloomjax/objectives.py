@@ -14,9 +14,11 @@ Dimension key: L sequence_length.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
+from bloomjax.errors import BadInput
 
 Row = dict[str, np.ndarray]
 Key = Sequence[int]
@@ -28,9 +30,18 @@ class Objective(Protocol):
 
     Attributes:
       arrays: names of what `row` returns beside "tokens".
+      num_ids: how many token ids the model must have for it; 0 for those of the vocabulary.
+      takes_examples: whether it is for stores of inputs and targets, or for those of text.
     """
 
-    arrays: tuple[str, ...]
+    @property
+    def arrays(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_ids(self) -> int: ...
+
+    @property
+    def takes_examples(self) -> bool: ...
 
     def row(self, tokens: np.ndarray, key: Key, /) -> Row:
         """The arrays of a window, int32 [L + 1]; `key` tells it from all others."""
@@ -41,7 +52,9 @@ class Objective(Protocol):
 class CausalLM:
     """Each token from those before it, all of them: BLOOM's objective."""
 
-    arrays = ()
+    arrays: ClassVar[tuple[str, ...]] = ()
+    takes_examples: ClassVar[bool] = False
+    num_ids: ClassVar[int] = 0
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
         del key
@@ -72,7 +85,9 @@ class PrefixLM:
     targets_only: bool = True
     reweight_by_position: bool = False
 
-    arrays = ("token_weights", "last_key")
+    arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key")
+    takes_examples: ClassVar[bool] = False
+    num_ids: ClassVar[int] = 0
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
         rng, length = np.random.default_rng([self.seed, *key]), len(tokens) - 1
@@ -101,6 +116,146 @@ class PrefixLM:
 def position_weights(length: int) -> np.ndarray:
     """2 (L - i) / (L + 1) for i = 0..L-1, float32 [L]; their mean is 1 (Megatron-DeepSpeed, pretrain_prefix_lm.py)."""
     return (np.arange(length, 0, -1) / (length + 1) * 2).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption:
+    """Random spans of a window are cut out and told afterwards, by a decoder: inputs and targets in one row.
+
+    `a b c d e f g` becomes `a <0> d e <1> g <s> <0> b c <1> f </s>`, of which all after `<s>` are targets: T5's task
+    (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4) with the targets after the inputs, as in BigScience's
+    comparison of architectures and objectives (arXiv 2204.05832). A row holds fewer tokens of text than the window; the
+    rest of the window is not seen.
+
+    Attributes:
+      first_sentinel_id, num_sentinels: ids that no text has, `<0>`, `<1>`, ...: of BLOOM's embedding, the rows after
+        the vocabulary, 250,680 and 200. The model needs a row for each.
+      seed: of the spans.
+      noise_density: share of the tokens that are cut out. mean_span_tokens: of a span.
+      is_bidirectional: whether inputs are seen as a whole, as by a non-causal decoder, or only backwards.
+      separator_id, end_id: of `<s>` and `</s>`.
+    """
+
+    first_sentinel_id: int
+    num_sentinels: int
+    seed: int = 0
+    noise_density: float = 0.15
+    mean_span_tokens: float = 3.0
+    is_bidirectional: bool = True
+    separator_id: int = 1
+    end_id: int = 2
+
+    arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key", "documents")
+    takes_examples: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not 0 < self.noise_density < 1 or self.mean_span_tokens < 1:
+            raise BadInput(
+                f"SpanCorruption needs 0 < noise_density < 1 and mean_span_tokens >= 1, got {self.noise_density} and "
+                f"{self.mean_span_tokens}"
+            )
+
+    @property
+    def num_ids(self) -> int:
+        return self.first_sentinel_id + self.num_sentinels
+
+    def row(self, tokens: np.ndarray, key: Key) -> Row:
+        """As Objective.row. BadInput if the window needs more sentinels than there are."""
+        rng, length = np.random.default_rng([self.seed, *key]), len(tokens) - 1
+        num_tokens = max(n for n in range(2, length) if self._num_in_row(n) <= length + 1)
+        num_noise, num_spans = self._noise(num_tokens)
+        if num_spans > self.num_sentinels:
+            raise BadInput(
+                f"a window of {length} tokens has {num_spans} spans, SpanCorruption.num_sentinels is "
+                f"{self.num_sentinels}"
+            )
+        kept = _segments(rng, num_tokens - num_noise, num_spans)
+        cut = _segments(rng, num_noise, num_spans)
+        inputs, targets, at = [], [], 0
+        for span, (num_kept, num_cut) in enumerate(zip(kept, cut, strict=True)):
+            sentinel = [self.first_sentinel_id + span]
+            inputs += [tokens[at : at + num_kept], sentinel]
+            at += num_kept
+            targets += [sentinel, tokens[at : at + num_cut]]
+            at += num_cut
+        inputs = np.concatenate([*inputs, [self.separator_id]])
+        row = np.concatenate([inputs, *targets, [self.end_id]])
+        num_inputs, num_used = len(inputs), len(row)
+        weights = np.zeros(length, np.float32)
+        weights[num_inputs - 1 : num_used - 1] = 1.0  # the separator predicts the first target
+        last_key = np.arange(length, dtype=np.int32)
+        if self.is_bidirectional:
+            last_key[:num_inputs] = num_inputs - 1
+        row = np.concatenate([row, np.full(length + 1 - num_used, self.end_id)]).astype(np.int32)
+        documents = np.zeros(length, np.int32)  # one, although there may be </s> in it
+        return {
+            "tokens": row, "token_weights": weights, "last_key": last_key, "documents": documents,
+        }  # fmt: skip
+
+    def _noise(self, num_tokens: int) -> tuple[int, int]:
+        """Tokens that are cut out, and spans they make, of a text."""
+        num_noise = min(max(round(num_tokens * self.noise_density), 1), num_tokens - 1)
+        num_spans = min(max(round(num_noise / self.mean_span_tokens), 1), num_tokens - num_noise)
+        return num_noise, num_spans
+
+    def _num_in_row(self, num_tokens: int) -> int:
+        return num_tokens + 2 * self._noise(num_tokens)[1] + 2
+
+
+def _segments(rng: np.random.Generator, num_items: int, num_segments: int) -> np.ndarray:
+    """Sizes, none of them 0, of a random division into segments; all divisions are equally likely."""
+    cuts = np.sort(rng.choice(num_items - 1, num_segments - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [num_items]]))
+
+
+@dataclasses.dataclass(frozen=True)
+class InputsTargets:
+    """Examples of inputs and targets, several in a row, of which only targets and their </s> count: T0, xP3.
+
+    For stores of examples (docs/objectives.md), where no example crosses a multiple of the store's pack_tokens. They do
+    not see each other. The token between inputs and targets and the padding are taken out of the row; what is left over
+    at its end weighs nothing.
+
+    Attributes:
+      is_bidirectional: whether inputs are seen as a whole, as by a non-causal decoder, or only backwards, as BLOOMZ.
+      separator_id, end_id, pad_id: `<s>`, `</s>` and `<pad>`, as the store has them.
+    """
+
+    is_bidirectional: bool = False
+    separator_id: int = 1
+    end_id: int = 2
+    pad_id: int = 3
+
+    arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key", "documents")
+    takes_examples: ClassVar[bool] = True
+    num_ids: ClassVar[int] = 0
+
+    def row(self, tokens: np.ndarray, key: Key) -> Row:
+        del key
+        length = len(tokens) - 1
+        block = tokens[:-1]  # the last token is the first of the next window's
+        is_end = block == self.end_id
+        document = np.cumsum(is_end) - is_end
+        separators = np.concatenate([[0], np.cumsum(block == self.separator_id)])
+        firsts = np.concatenate([[0], np.flatnonzero(is_end) + 1])
+        is_target = separators[1:] > separators[firsts][document]
+        kept = (block != self.separator_id) & (block != self.pad_id)
+        document, is_target, num = document[kept], is_target[kept], int(kept.sum())
+        made = np.full(length + 1, self.pad_id, np.int32)
+        made[:num] = block[kept]
+        weights = np.zeros(length, np.float32)
+        if num > 1:  # a token is predicted by the one before it, if that is of the same example
+            weights[: num - 1] = is_target[1:] & (document[1:] == document[:-1])
+        last_key, position = np.arange(length, dtype=np.int32), np.arange(num)
+        if self.is_bidirectional:
+            last_input = np.full(len(firsts), -1)
+            np.maximum.at(last_input, document[~is_target], position[~is_target])
+            last_key[:num] = np.where(is_target, position, last_input[document])
+        documents = np.full(length, len(firsts), np.int32)
+        documents[:num] = document
+        return {
+            "tokens": made, "token_weights": weights, "last_key": last_key, "documents": documents,
+        }  # fmt: skip
 
 
 def filling(objective: Objective, length: int) -> Row:

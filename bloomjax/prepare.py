@@ -69,6 +69,7 @@ def prepare(
     merge: bool = False,
     runner: str | None = None,
     runner_options: Sequence[str] = (),
+    pack_tokens: int | None = None,
 ) -> None:
     """Makes the token store `store_dir` of a Mixture or Task.
 
@@ -94,6 +95,8 @@ def prepare(
       merge: only make the store of the finished shards.
       runner: Apache Beam runner that tokenises in place of processes here.
       runner_options: flags for it, such as '--flink_master=host:8081'.
+      pack_tokens: of Tasks of inputs and targets: no example crosses a multiple of it; the
+        SEQUENCE_LENGTH of training.
 
     Raises:
       BadInput: the text, the vocabulary or an existing store cannot be used as asked.
@@ -103,17 +106,18 @@ def prepare(
     share = _parse_share(shard)
     if [share is not None, merge, runner is not None].count(True) > 1:
         raise BadInput("--shard, --merge and --runner exclude each other")
-    _check_positive(num_workers=num_workers, shard_bytes=shard_bytes)
+    _check_positive(num_workers=num_workers, shard_bytes=shard_bytes, pack_tokens=pack_tokens)
     folder = _shards_folder(store_dir, shards_dir)
     _check_outside(text_dir, store_dir, str(folder))
     languages = [
         dataclasses.replace(language, skip_bad=skip_bad_documents)
         for language in find_languages(task_module, mixture_or_task_name, text_dir)
     ]
+    _check_packing(languages, pack_tokens)
     if token_store.store_exists(store_dir):
         vocab = _open_vocabulary(vocabulary_path, vocab_size)
         store = TokenStore(store_dir)
-        _check_up_to_date(store, languages, vocab, holdout_fraction)
+        _check_up_to_date(store, languages, vocab, holdout_fraction, pack_tokens)
         if share is None:
             _remove_what_made(folder)
         _say(f"{store_dir} is up to date, nothing to do: {_summary(store)}")
@@ -149,7 +153,7 @@ def prepare(
             return
         elif not merge:
             _tokenise(shards, folder, vocab, num_workers)
-        store = _merge(store_dir, groups, folder, vocab, holdout_fraction, num_workers)
+        store = _merge(store_dir, groups, folder, vocab, holdout_fraction, num_workers, pack_tokens)
     _say(f"{store_dir}: {_summary(store)}, {time.monotonic() - start_seconds:.1f} seconds")
 
 
@@ -160,6 +164,19 @@ def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise BadInput(f"{name} must be at least 1, got {number}")
+
+
+def _check_packing(languages: Sequence[Language], pack_tokens: int | None) -> None:
+    kinds = {language.has_targets for language in languages}
+    if len(kinds) > 1:
+        raise BadInput("Tasks of text and Tasks of inputs and targets do not go into one store")
+    if True in kinds and pack_tokens is None:
+        raise BadInput(
+            "Tasks of inputs and targets need prepare.pack_tokens, the SEQUENCE_LENGTH of training "
+            "(ablations/inputs_targets.gin)"
+        )
+    if True not in kinds and pack_tokens is not None:
+        raise BadInput("prepare.pack_tokens is for Tasks of inputs and targets; these are of text")
 
 
 def _parse_share(shard: str | None) -> tuple[int, int] | None:
@@ -337,6 +354,7 @@ def _merge(
     vocab: Vocabulary,
     holdout_fraction: float,
     num_workers: int,
+    pack_tokens: int | None,
 ) -> TokenStore:
     """Makes the store of finished shards, and removes them."""
     num_tokens = _check_finished(groups, folder, vocab)
@@ -352,6 +370,7 @@ def _merge(
             folder=str(folder),
             root=root,
             holdout_fraction=holdout_fraction,
+            pack_tokens=pack_tokens,
         )
         with contextlib.closing(
             prepare_pool.run(write, groups, num_workers, progress.report)
@@ -416,7 +435,11 @@ def _say_bad(language: str, headers: Sequence[dict[str, Any]]) -> None:
 
 
 def _check_up_to_date(
-    store: TokenStore, languages: Sequence[Language], vocab: Vocabulary, holdout_fraction: float
+    store: TokenStore,
+    languages: Sequence[Language],
+    vocab: Vocabulary,
+    holdout_fraction: float,
+    pack_tokens: int | None,
 ) -> None:
     """Raises BadInput that says in what an existing store differs from what is asked for."""
     differences = []
@@ -428,6 +451,8 @@ def _check_up_to_date(
         differences.append(
             f"the held-out fraction ({store.manifest['holdout_fraction']}, now {holdout_fraction})"
         )
+    if others := {store.pack_tokens(each) for each in store.languages} - {pack_tokens}:
+        differences.append(f"pack_tokens ({', '.join(map(str, others))}, now {pack_tokens})")
     asked = {language.label: language for language in languages}
     if gone := [label for label in store.languages if label not in asked]:
         differences.append(f"no longer there: {', '.join(gone)}")

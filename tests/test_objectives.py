@@ -16,7 +16,15 @@ from bloomjax import config
 from bloomjax.data import TrainData, put_batch
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom, BloomConfig
-from bloomjax.objectives import CausalLM, PrefixLM, filling, identity, position_weights
+from bloomjax.objectives import (
+    CausalLM,
+    InputsTargets,
+    PrefixLM,
+    SpanCorruption,
+    filling,
+    identity,
+    position_weights,
+)
 from bloomjax.train_step import (
     StepOptions,
     abstract_batch,
@@ -42,6 +50,15 @@ def windows(num=4, seed=0):
     tokens = np.random.default_rng(seed).integers(3, 48, (num, LENGTH + 1)).astype(np.int32)
     for row, ends in zip(tokens, ([0, 5, 6, 11], [3, 12], [], [7]), strict=False):
         row[ends] = END
+    return tokens
+
+
+def windows_for(objective, num=4, seed=0):
+    """Those for InputsTargets have separators and padding."""
+    tokens = windows(num, seed)
+    if isinstance(objective, InputsTargets):
+        tokens[:, [2, 8]] = objective.separator_id
+        tokens[1, 10:12] = objective.pad_id
     return tokens
 
 
@@ -126,6 +143,66 @@ def test_position_weights(monkeypatch):
     assert everything["last_key"].tolist() == [2, 2, 2, 3]
 
 
+def test_span_corruption_by_hand(monkeypatch):
+    """Of a window of 15 tokens 9 are left: 4 sentinels, <s> and </s> take their places."""
+    objective = SpanCorruption(40, 8, noise_density=0.3, mean_span_tokens=1.5)
+    sizes = iter([np.array([1, 5]), np.array([2, 1])])
+    monkeypatch.setattr("bloomjax.objectives._segments", lambda rng, *numbers: next(sizes))
+    row = objective.row(np.arange(10, 25, dtype=np.int32), (0, 0))
+    text = [10, 40, 13, 14, 15, 16, 17, 41, 1]
+    assert row["tokens"].tolist() == [*text, 40, 11, 12, 41, 18, 2]
+    assert row["token_weights"].tolist() == [0] * 8 + [1] * 6  # from <s>, which predicts the first
+    assert row["last_key"].tolist() == [8] * 9 + [9, 10, 11, 12, 13]
+    assert row["documents"].tolist() == [0] * 14
+
+
+@pytest.mark.parametrize("length", [6, 17, 64, 2048])
+def test_span_corruption_loses_no_token_of_the_text_it_takes(length):
+    objective = SpanCorruption(10_000, 200)
+    window = np.random.default_rng(0).integers(4, 10_000, length + 1).astype(np.int32)
+    rows = [objective.row(window, (0, number)) for number in range(20)]
+    num_noise = []
+    for row in rows:
+        assert len(row["tokens"]) == length + 1
+        first = int(np.flatnonzero(row["tokens"] == 1)[0])
+        assert row["tokens"][-1] == 2 and (row["tokens"] == 1).sum() == 1
+        parts = {}
+        targets = row["tokens"][first + 1 : np.flatnonzero(row["tokens"] == 2)[0]].tolist()
+        for token in targets:
+            if token >= 10_000:
+                parts[token] = []
+                last = token
+            else:
+                parts[last].append(token)
+        text = [t for token in row["tokens"][:first].tolist() for t in parts.get(token, [token])]
+        assert text == window[: len(text)].tolist() and len(text) > 0.4 * length
+        assert list(parts) == list(range(10_000, 10_000 + len(parts))) and all(parts.values())
+        assert row["token_weights"].sum() == len(targets) + 1
+        num_noise.append((len(targets) - len(parts)) / len(text))
+    assert len({tuple(row["tokens"]) for row in rows}) > 1 or length < 20
+    if length == 2048:
+        assert np.mean(num_noise) == pytest.approx(0.15, abs=0.001)
+        assert len(text) > 0.9 * length * 0.97 - 4
+        with pytest.raises(BadInput, match="num_sentinels is 20"):
+            SpanCorruption(10_000, 20).row(window, (0, 0))
+
+
+# Three examples, the second without inputs, and padding before what would be the next one: 10 11 -> 12 13, -> 14,
+# 15 16 -> 17.
+PACKED = [10, 11, 1, 12, 13, 2, 1, 14, 2, 15, 16, 1, 17, 2, 3, 3, 99]
+
+
+@pytest.mark.parametrize("is_bidirectional", [False, True])
+def test_inputs_and_targets_by_hand(is_bidirectional):
+    row = InputsTargets(is_bidirectional).row(np.array(PACKED, np.int32), (0, 0))
+    assert row["tokens"].tolist() == [10, 11, 12, 13, 2, 14, 2, 15, 16, 17, 2, 3, 3, 3, 3, 3, 3]
+    # 11 -> 12 -> 13 -> end; 14 -> end, but nothing predicts 14; 16 -> 17 -> end.
+    assert row["token_weights"].tolist() == [0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 0] + [0] * 5
+    assert row["documents"].tolist() == [0] * 5 + [1] * 2 + [2] * 4 + [4] * 5
+    seen = [1, 1, *range(2, 7), 8, 8] if is_bidirectional else list(range(9))
+    assert row["last_key"].tolist() == seen + list(range(9, 16))
+
+
 def test_rows_come_from_seed_and_key_alone():
     tokens = windows(1)[0]
     rows = [PrefixLM(seed).row(tokens, key)["last_key"].tolist()
@@ -138,7 +215,11 @@ def test_rows_come_from_seed_and_key_alone():
 
 # ---- leaks ----
 
-OBJECTIVES = [CausalLM(), PrefixLM(), PrefixLM(document_end_id=END)]
+SPANS = SpanCorruption(44, 4)
+OBJECTIVES = [
+    CausalLM(), PrefixLM(), PrefixLM(document_end_id=END), SPANS,
+    dataclasses.replace(SPANS, is_bidirectional=False), InputsTargets(), InputsTargets(True),
+]  # fmt: skip
 
 
 @functools.cache
@@ -169,19 +250,22 @@ def test_no_leak(params, objective):
     """A position that is trained on never sees the token it predicts, nor a later one; prefixes are seen whole."""
     model = model_of()
     num_seen_ahead = 0
-    for number, tokens in enumerate(windows()):
+    for number, tokens in enumerate(windows_for(objective)):
         row = filling(objective, LENGTH) | objective.row(tokens, (0, number))
         depends = changed_logits(params, row, model)
         weights = row.get("token_weights", np.ones(LENGTH))
         last_key = row.get("last_key", np.arange(LENGTH))
+        documents = row.get("documents", np.zeros(LENGTH))
         for position in range(LENGTH):
             on = np.flatnonzero(depends[:, position])
             assert on.max() == last_key[position]
-            assert set(on) == set(range(last_key[position] + 1))
+            its = np.flatnonzero(documents == documents[position])
+            assert set(on) == set(its[its <= last_key[position]])
             if weights[position]:
                 assert on.max() == position
             num_seen_ahead += last_key[position] > position
-    assert (num_seen_ahead > 0) == (objective != CausalLM())
+    is_causal = objective == CausalLM() or not getattr(objective, "is_bidirectional", True)
+    assert (num_seen_ahead > 0) != is_causal
 
 
 # ---- loss, gradient, meshes, microbatches ----
@@ -204,27 +288,30 @@ def reference_loss(params, rows, row_weights, xp=np):
 
 
 def batch_of(objective, num_rows, mesh, num_filled=0, seed=0):
-    tokens = dict(enumerate(np.concatenate([windows(4, seed), windows(4, seed + 1)])))
+    tokens = np.concatenate([windows_for(objective, 4, seed), windows_for(objective, 4, seed + 1)])
     tokens = {r: tokens[r % 8] for r in range(num_rows - num_filled)}
     keys = {row: (0, row) for row in tokens}
     rows = [objective.row(tokens[row], keys[row]) for row in tokens]
     return rows, put_batch(tokens, num_rows, LENGTH + 1, mesh, objective, keys)
 
 
-TRAINED = [PrefixLM(), PrefixLM(document_end_id=END, reweight_by_position=True)]
+TRAINED = [
+    PrefixLM(document_end_id=END, reweight_by_position=True), InputsTargets(True),
+    pytest.param(SPANS, marks=pytest.mark.slow),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", TRAINED, ids=repr)
 def test_loss_and_gradient_are_float64s(params, mesh_of, objective):
     """On one device at once, and on eight in microbatches with rows that only fill."""
-    documents = {"document_end_id": objective.document_end_id}
-    model = model_of(**documents)
+    document_end_id = getattr(objective, "document_end_id", None)
+    model = model_of(document_end_id=document_end_id)
     expected = None
     for shape, num_microbatches, num_filled in [((1, 1, 1), 1, 2), ((2, 2, 2), 2, 2)]:
         mesh = mesh_of(*shape)
         rows, batch = batch_of(objective, 8, mesh, num_filled)
         if expected is None:
-            if objective.document_end_id is not None:
+            if document_end_id is not None:
                 for row in rows:
                     ends = row["tokens"][:-1] == END
                     row["documents"] = np.cumsum(ends) - ends
