@@ -184,6 +184,7 @@ def write_language(
     num_documents: int | None = None,
     holdout_fraction: float = 0.05,
     sources: Sequence[SourceFile] = (),
+    pack_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Tokenises the documents of one language into its arrays below `root`.
 
@@ -197,6 +198,7 @@ def write_language(
       num_documents: number of documents with text; without it all of them are held in memory.
       holdout_fraction: share of the documents, at the end, that become the validation split.
       sources: the files the documents come from, for the manifest.
+      pack_tokens: as for `write_tokens`.
 
     Returns:
       The entry of the language for `write_manifest`.
@@ -218,7 +220,7 @@ def write_language(
 
     entry = write_tokens(
         root, language, pieces(), num_documents=num_documents,
-        holdout_fraction=holdout_fraction, sources=sources,
+        holdout_fraction=holdout_fraction, sources=sources, pack_tokens=pack_tokens,
     )  # fmt: skip
     return entry | {"num_skipped_documents": num_skipped}
 
@@ -385,6 +387,8 @@ class _Packed(_SplitWriter):
         self._block, self._used, self._num_cut = pack_tokens, 0, 0
 
     def append(self, documents: Documents) -> None:
+        if not len(documents.lengths):
+            return
         pieces, lengths = [], []
         for example in np.split(documents.tokens, np.cumsum(documents.lengths)[:-1].astype(int)):
             if len(example) > self._block:
@@ -394,11 +398,8 @@ class _Packed(_SplitWriter):
             pieces += [np.full(padding, PAD_ID, np.uint32), example]
             lengths.append(padding + len(example))
             self._used = (self._used + lengths[-1]) % self._block
-        if lengths:
-            packed = Documents(
-                np.concatenate(pieces), np.array(lengths, np.uint64), documents.num_bytes
-            )
-            super().append(packed)
+        sizes = np.array(lengths, np.uint64)
+        super().append(Documents(np.concatenate(pieces), sizes, documents.num_bytes))
 
     def _cut(self, example: np.ndarray) -> np.ndarray:
         self._num_cut += 1

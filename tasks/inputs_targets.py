@@ -1,7 +1,7 @@
 """Tasks over JSON lines of examples, for multitask finetuning: T0, xP3 and the like.
 
-As `text_files`, but each line of <name>.jsonl (or of the .jsonl files in <name>/) has two fields, "inputs" and "targets".
-Both are taken as they are: a space between them belongs into one of them. The Tasks give both as raw text.
+As `text_files`, but each line of <name>.jsonl (or of the .jsonl files in <name>/) has two fields, "inputs" and
+"targets". Both are taken as they are: a space between them belongs into one of them. The Tasks give both as raw text.
 """
 
 import os
