@@ -14,7 +14,7 @@ Dimension key: L sequence_length.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,36 +25,29 @@ Key = Sequence[int]
 _DTYPES = {"token_weights": np.float32, "last_key": np.int32, "documents": np.int32}
 
 
-class Objective(Protocol):
-    """Hashable and immutable; equal ones make equal rows.
+class Objective:
+    """Base of all; they are immutable, and equal ones make equal rows.
 
     Attributes:
       arrays: names of what `row` returns beside "tokens".
-      num_ids: how many token ids the model must have for it; 0 for those of the vocabulary.
       takes_examples: whether it is for stores of inputs and targets, or for those of text.
     """
 
-    @property
-    def arrays(self) -> tuple[str, ...]: ...
+    arrays: ClassVar[tuple[str, ...]] = ()
+    takes_examples: ClassVar[bool] = False
 
-    @property
-    def num_ids(self) -> int: ...
-
-    @property
-    def takes_examples(self) -> bool: ...
-
-    def row(self, tokens: np.ndarray, key: Key, /) -> Row:
+    def row(self, tokens: np.ndarray, key: Key) -> Row:
         """The arrays of a window, int32 [L + 1]; `key` tells it from all others."""
-        ...
+        raise NotImplementedError
+
+    def num_ids(self) -> int:
+        """How many token ids the model must have for it; 0 for those of the vocabulary."""
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalLM:
+class CausalLM(Objective):
     """Each token from those before it, all of them: BLOOM's objective."""
-
-    arrays: ClassVar[tuple[str, ...]] = ()
-    takes_examples: ClassVar[bool] = False
-    num_ids: ClassVar[int] = 0
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
         del key
@@ -62,7 +55,7 @@ class CausalLM:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixLM:
+class PrefixLM(Objective):
     """A random beginning is seen as a whole, by itself too, and the rest is predicted from it, token by token.
 
     BigScience's tr6 and tr6f (Megatron-DeepSpeed, pretrain_prefix_lm.py): the prefix has p tokens, p uniform in
@@ -86,8 +79,6 @@ class PrefixLM:
     reweight_by_position: bool = False
 
     arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key")
-    takes_examples: ClassVar[bool] = False
-    num_ids: ClassVar[int] = 0
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
         rng, length = np.random.default_rng([self.seed, *key]), len(tokens) - 1
@@ -119,7 +110,7 @@ def position_weights(length: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanCorruption:
+class SpanCorruption(Objective):
     """Random spans of a window are cut out and told afterwards, by a decoder: inputs and targets in one row.
 
     `a b c d e f g` becomes `a <0> d e <1> g <s> <0> b c <1> f </s>`, of which all after `<s>` are targets: T5's task
@@ -146,7 +137,6 @@ class SpanCorruption:
     end_id: int = 2
 
     arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key", "documents")
-    takes_examples: ClassVar[bool] = False
 
     def __post_init__(self):
         if not 0 < self.noise_density < 1 or self.mean_span_tokens < 1:
@@ -155,7 +145,6 @@ class SpanCorruption:
                 f"{self.mean_span_tokens}"
             )
 
-    @property
     def num_ids(self) -> int:
         return self.first_sentinel_id + self.num_sentinels
 
@@ -209,7 +198,7 @@ def _segments(rng: np.random.Generator, num_items: int, num_segments: int) -> np
 
 
 @dataclasses.dataclass(frozen=True)
-class InputsTargets:
+class InputsTargets(Objective):
     """Examples of inputs and targets, several in a row, of which only targets and their </s> count: T0, xP3.
 
     For stores of examples (docs/objectives.md), where no example crosses a multiple of the store's pack_tokens. They do
@@ -228,7 +217,6 @@ class InputsTargets:
 
     arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key", "documents")
     takes_examples: ClassVar[bool] = True
-    num_ids: ClassVar[int] = 0
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
         del key

@@ -92,9 +92,9 @@ def open_matching_vocabulary(path: str, data: OpenTrainData, model: Bloom) -> Vo
             f"vocabulary {path} has {vocabulary.size} tokens, the embedding only {model.config.vocab_size} rows "
             "(BloomConfig.vocab_size)"
         )
-    if data.objective.num_ids > model.config.vocab_size:
+    if data.objective.num_ids() > model.config.vocab_size:
         raise BadInput(
-            f"{type(data.objective).__name__} needs {data.objective.num_ids} token ids, the embedding has only "
+            f"{type(data.objective).__name__} needs {data.objective.num_ids()} token ids, the embedding has only "
             f"{model.config.vocab_size} rows (BloomConfig.vocab_size)"
         )
     return vocabulary

@@ -95,8 +95,7 @@ def prepare(
       merge: only make the store of the finished shards.
       runner: Apache Beam runner that tokenises in place of processes here.
       runner_options: flags for it, such as '--flink_master=host:8081'.
-      pack_tokens: of Tasks of inputs and targets: no example crosses a multiple of it; the
-        SEQUENCE_LENGTH of training.
+      pack_tokens: SEQUENCE_LENGTH, for Tasks of inputs and targets: none crosses a multiple of it.
 
     Raises:
       BadInput: the text, the vocabulary or an existing store cannot be used as asked.
@@ -109,10 +108,8 @@ def prepare(
     _check_positive(num_workers=num_workers, shard_bytes=shard_bytes, pack_tokens=pack_tokens)
     folder = _shards_folder(store_dir, shards_dir)
     _check_outside(text_dir, store_dir, str(folder))
-    languages = [
-        dataclasses.replace(language, skip_bad=skip_bad_documents)
-        for language in find_languages(task_module, mixture_or_task_name, text_dir)
-    ]
+    found = find_languages(task_module, mixture_or_task_name, text_dir)
+    languages = [dataclasses.replace(each, skip_bad=skip_bad_documents) for each in found]
     _check_packing(languages, pack_tokens)
     if token_store.store_exists(store_dir):
         vocab = _open_vocabulary(vocabulary_path, vocab_size)

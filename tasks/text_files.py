@@ -23,7 +23,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +282,7 @@ def _source(text: LanguageText) -> Any:
 
 
 def _encoded_batches(
-    documents: Iterator[str], names: list[str]
+    documents: Iterator[str], names: Sequence[str]
 ) -> Iterator[dict[str, list[bytes]]]:
     """Many documents at once: TensorFlow takes 150 microseconds for each call of a generator."""
     while batch := list(itertools.islice(documents, _DOCUMENTS_PER_BATCH)):

@@ -8,7 +8,6 @@ import pytest
 import tiny_run
 
 from bloomjax import prepare as prepare_verb
-from bloomjax import token_store
 from bloomjax.data import EvalData, TrainData
 from bloomjax.errors import BadInput
 from bloomjax.examples import Example
@@ -124,11 +123,11 @@ def text_dir(tmp_path_factory):
     return folder
 
 
-def prepare(text_dir, tiny_text, store_dir, **changes):
+def prepare(examples_dir, tiny_text, store_dir, **changes):
     arguments = dict(
         task_module="bloomjax.tasks.inputs_targets", mixture_or_task_name="text_files",
         vocabulary_path=str(tiny_text.vocabulary.path), vocab_size=tiny_run.VOCAB_SIZE,
-        store_dir=str(store_dir), text_dir=str(text_dir), pack_tokens=LENGTH, num_workers=1,
+        store_dir=str(store_dir), text_dir=str(examples_dir), pack_tokens=LENGTH, num_workers=1,
     )  # fmt: skip
     prepare_verb.prepare(**(arguments | changes))
 
@@ -145,8 +144,9 @@ def test_prepare(text_dir, tiny_text, vocab, tmp_path, capsys):
         np.testing.assert_array_equal(
             store.read("aa", split, 0, num), same.read("aa", split, 0, num)
         )
+    capsys.readouterr()
     prepare(text_dir, tiny_text, store_dir)
-
+    assert "is up to date" in capsys.readouterr().out
     with pytest.raises(BadInput, match=r"pack_tokens \(32, now 64\)"):
         prepare(text_dir, tiny_text, store_dir, pack_tokens=64)
     with pytest.raises(BadInput, match="these are of text"):
