@@ -58,17 +58,17 @@ class CausalLM(Objective):
 class PrefixLM(Objective):
     """A random beginning is seen as a whole, by itself too, and the rest is predicted from it, token by token.
 
-    BigScience's tr6 and tr6f (Megatron-DeepSpeed, pretrain_prefix_lm.py): the prefix has p tokens, p uniform in
+    BigScience's tr6 (Megatron-DeepSpeed, pretrain_prefix_lm.py): the prefix has p tokens, p uniform in
     1..L. Its last token predicts the first target, token p; the p - 1 before it see the token they would predict.
 
     Attributes:
       seed: of the prefixes.
       document_end_id: gives each document of a row its own prefix, up to the token before its end at most; the first
         token of a document belongs to a prefix, so the end before it predicts nothing. A row in which no document has
-        two tokens and an end is trained on as by CausalLM. None for one prefix a row. For documents that do not see
+        a token before its end is trained on as by CausalLM. None for one prefix a row. For documents that do not see
         each other, BloomConfig.document_end_id has to be set as well.
       targets_only: leave predictions of the prefix's own tokens out of the loss (--loss-on-targets-only). They are
-        visible to where they are predicted: False is there to repeat what was done with it.
+        visible to where they are predicted: False is there to repeat tr6f.
       reweight_by_position: position i of L weighs 2 (L - i) / (L + 1) (--reweight-loss-based-on-position-frequency):
         late positions are targets more often than early ones.
     """
@@ -236,9 +236,10 @@ class InputsTargets(Objective):
             weights[: num - 1] = is_target[1:] & (document[1:] == document[:-1])
         last_key, position = np.arange(length, dtype=np.int32), np.arange(num)
         if self.is_bidirectional:
-            last_input = np.full(len(firsts), -1)
+            last_input = np.full(len(firsts), -1, np.int64)
             np.maximum.at(last_input, document[~is_target], position[~is_target])
-            last_key[:num] = np.where(is_target, position, last_input[document])
+            seen = np.where(is_target, position, last_input[document])
+            last_key[:num] = seen.astype(np.int32)
         documents = np.full(length, len(firsts), np.int32)
         documents[:num] = document
         return {

@@ -77,8 +77,7 @@ def prepare(
       task_module: module that registers it, such as 'bloomjax.tasks.demo'.
       mixture_or_task_name: its name; each Task is one language of the store.
       vocabulary_path: a SentencePiece .model or a tokenizer.json. Where there is none, it is
-        trained on the text that is not held out: SentencePiece for a name that ends in .model,
-        byte-level BPE as BLOOM's for one in .json.
+        trained on the text that is not held out: a .model of SentencePiece, a .json of BLOOM's BPE.
       vocab_size: number of tokens of the vocabulary to train; one that exists may have up to
         1,023 fewer, for a model whose vocabulary was rounded up.
       store_dir: the store to make: a folder, or a file://, gs:// or s3:// URL.
