@@ -241,7 +241,7 @@ class Block(nn.Module):
         values.value = jax.lax.dynamic_update_slice(values.value, v_BLHK, (0, start, 0, 0))
         return cached_attention(
             q_BLHK, keys.value, values.value, slopes_H, start=start, k_valid_BS=k_valid_BS,
-            rounding=c.alibi_rounding,
+            last_key_BL=last_key_BL, rounding=c.alibi_rounding,
         )  # fmt: skip
 
 

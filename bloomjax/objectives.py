@@ -44,6 +44,10 @@ class Objective:
         """How many token ids the model must have for it; 0 for those of the vocabulary."""
         return 0
 
+    def sees_whole_prompt(self) -> bool:
+        """Whether tokens of a prompt that is to be continued see those after them."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
@@ -94,6 +98,9 @@ class PrefixLM(Objective):
         if self.reweight_by_position:
             weights *= position_weights(length)
         return {"tokens": tokens, "token_weights": weights, "last_key": last_key}
+
+    def sees_whole_prompt(self) -> bool:
+        return True
 
     def _texts(self, inputs: np.ndarray) -> list[tuple[int, int]]:
         """Begin and end of what has a prefix of its own, without the token that ends it, which is predicted last."""
@@ -181,6 +188,9 @@ class SpanCorruption(Objective):
             "tokens": row, "token_weights": weights, "last_key": last_key, "documents": documents,
         }  # fmt: skip
 
+    def sees_whole_prompt(self) -> bool:
+        return self.is_bidirectional
+
     def _noise(self, num_tokens: int) -> tuple[int, int]:
         """Tokens that are cut out, and spans they make, of a text."""
         num_noise = min(max(round(num_tokens * self.noise_density), 1), num_tokens - 1)
@@ -245,6 +255,9 @@ class InputsTargets(Objective):
         return {
             "tokens": made, "token_weights": weights, "last_key": last_key, "documents": documents,
         }  # fmt: skip
+
+    def sees_whole_prompt(self) -> bool:
+        return self.is_bidirectional
 
 
 def filling(objective: Objective, length: int) -> Row:
