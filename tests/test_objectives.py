@@ -25,6 +25,7 @@ from bloomjax.objectives import (
     identity,
     position_weights,
 )
+from bloomjax.preflight import open_matching_vocabulary
 from bloomjax.train_step import (
     StepOptions,
     abstract_batch,
@@ -430,3 +431,22 @@ def test_the_overlay():
         assert config.build("TrainData.objective", file, bindings) == PrefixLM(seed=42)
     assert config.build("train.train_data", "tiny.gin", bindings).objective == PrefixLM(seed=42)
     assert config.build("train.train_data", "tiny.gin").objective == CausalLM()
+
+
+def test_the_other_overlays():
+    span = config.build(
+        "TrainData.objective", "560m.gin", ["include 'ablations/span_corruption.gin'"]
+    )
+    vocab_size = config.build("BloomConfig.vocab_size", "560m.gin")
+    assert span == SpanCorruption(250_680, 200, seed=42) and span.num_ids() == vocab_size
+    bindings = ["include 'ablations/inputs_targets.gin'", "TEXT_DIR = 'x'"]
+    assert config.build("TrainData.objective", "560m.gin", bindings) == InputsTargets()
+    assert config.build("prepare.pack_tokens", "560m.gin", bindings) == 2048
+
+
+def test_a_model_without_rows_for_sentinels_is_refused(tiny_text):
+    data = data_of(tiny_text, SpanCorruption(320, 8)).open()
+    path = str(tiny_text.vocabulary.path)
+    with pytest.raises(BadInput, match="needs 328 token ids, the embedding has only 320 rows"):
+        open_matching_vocabulary(path, data, tiny_run.tiny_model())
+    open_matching_vocabulary(path, data, tiny_run.tiny_model(vocab_size=328))
