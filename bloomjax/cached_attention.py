@@ -33,17 +33,20 @@ def cached_attention(
     *,
     start: jax.Array,
     k_valid_BS: jax.Array,
+    last_key_BL: jax.Array | None = None,
     rounding: str = "exact",
 ) -> jax.Array:
     """Attention of L new queries at positions start.. over a key/value cache of S slots; not differentiated.
 
-    `k_valid_BS` is False for slots that hold padding (or nothing yet). Without slopes there is no bias. Returns
-    [B, L, H, K].
+    `k_valid_BS` is False for slots that hold padding (or nothing yet); `last_key_BL` is the last slot each query sees,
+    None for its own. Without slopes there is no bias. Returns [B, L, H, K].
     """
     if slopes_H is None:
         slopes_H = jnp.zeros(q_BLHK.shape[2])
     position_L = start + jnp.arange(q_BLHK.shape[1])
-    scores_BHLS = alibi_scores(q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS, rounding)
+    scores_BHLS = alibi_scores(
+        q_BLHK, k_BSHK, slopes_H, position_L, k_valid_BS, rounding, last_key_BL=last_key_BL
+    )
     p_BHLS = jax.nn.softmax(scores_BHLS, axis=-1).astype(v_BSHK.dtype)
     return jnp.einsum("BHLS,BSHK->BLHK", p_BHLS, v_BSHK, preferred_element_type=jnp.float32).astype(
         q_BLHK.dtype

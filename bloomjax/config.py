@@ -46,6 +46,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),
     ("bloomjax.data", ("TrainData", "Phase", "EvalData")),
+    ("bloomjax.objectives", ("CausalLM", "PrefixLM", "SpanCorruption", "InputsTargets")),
     ("bloomjax.mixture_weights", ("TemperatureWeights", "UniMaxWeights")),
     ("bloomjax.distributed", ("Cluster",)),
     ("bloomjax.partitioning", ("MeshShape",)),

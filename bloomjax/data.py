@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bloomjax.errors import BadInput
 from bloomjax.mixture import MAX_SAMPLES
 from bloomjax.mixture_weights import find_table, temperature_weights
+from bloomjax.objectives import CausalLM, Key, Objective, filling, identity
 from bloomjax.partitioning import BATCH_AXES, num_batch_shards
 from bloomjax.phases import PhasedMixture, Stretch, phases_identity
 from bloomjax.schedules import BatchSchedule
@@ -66,25 +68,46 @@ def check_filled_shares(
     return lines
 
 
-def put_batch(tokens: dict[int, np.ndarray], num_rows: int, length: int, mesh: Mesh) -> Batch:
-    """Global arrays from this host's rows: `tokens` maps row number -> int32 [length]; missing rows weigh 0."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def put_batch(
+    tokens: Mapping[int, np.ndarray],
+    num_rows: int,
+    length: int,
+    mesh: Mesh,
+    objective: Objective = CausalLM(),  # noqa: B008 # immutable
+    keys: Mapping[int, Key] | None = None,
+) -> Batch:
+    """Global arrays from this host's rows: `tokens` maps row number -> int32 [length]; missing rows weigh 0.
 
-    def token_rows(index):
-        rows = np.zeros((len(range(*index[0].indices(num_rows))), length), np.int32)
-        for i, row in enumerate(range(*index[0].indices(num_rows))):
-            if row in tokens:
-                rows[i] = tokens[row]
-        return rows
+    `keys` has the key of each of these rows for the objective; CausalLM needs none.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    filled = filling(objective, length - 1)
+    made = {row: objective.row(tokens[row], keys[row] if keys else ()) for row in tokens}
+
+    def rows_of(name, index):
+        return np.stack([made.get(r, filled)[name] for r in range(*index[0].indices(num_rows))])
 
     def weight_rows(index):
         rows = range(*index[0].indices(num_rows))
         return np.array([float(row in tokens) for row in rows], np.float32)
 
-    return {
-        "tokens": jax.make_array_from_callback((num_rows, length), sharding, token_rows),
-        "weights": jax.make_array_from_callback((num_rows,), sharding, weight_rows),
+    batch = {
+        name: jax.make_array_from_callback(
+            (num_rows, *array.shape), sharding, functools.partial(rows_of, name)
+        )
+        for name, array in filled.items()
     }
+    return batch | {"weights": jax.make_array_from_callback((num_rows,), sharding, weight_rows)}
+
+
+def sample_keys(samples: np.ndarray, rows: Iterable[int]) -> dict[int, Key]:
+    """For an objective, of the rows of a batch whose row i is samples[i]."""
+    return {row: (0, int(samples[row])) for row in rows}
+
+
+def held_out_key(language: str, window: int) -> Key:
+    """For an objective, of a window that is not trained on."""
+    return (1, zlib.crc32(language.encode()), window)
 
 
 def host_rows(num_rows: int, mesh: Mesh) -> np.ndarray:
@@ -131,6 +154,7 @@ class TrainData:
         block_tokens: int | None = None,
         max_filled_share: float = 0.5,
         num_prefetched: int = 2,
+        objective: Objective | None = None,
     ):
         """
         Args:
@@ -147,6 +171,7 @@ class TrainData:
           block_tokens: what is shuffled; a multiple of every sequence_length, None for sequence_length.
           max_filled_share: refuse a batch of which more rows than this would be empty.
           num_prefetched: batches read ahead.
+          objective: what is predicted from what (see objectives.py); None for CausalLM.
         """
         if sequence_length < 1 or num_prefetched < 1:
             raise BadInput(
@@ -160,6 +185,7 @@ class TrainData:
         self._skips = Skips.of(skip_samples)
         self._block_tokens = block_tokens or sequence_length
         self._num_prefetched = num_prefetched
+        self.objective = objective or CausalLM()
 
     @property
     def sequence_lengths(self) -> set[int]:
@@ -194,13 +220,33 @@ class TrainData:
         for store in others:
             if store.vocabulary_fingerprint != first.vocabulary_fingerprint:
                 raise BadInput(f"{store.path} was made with another vocabulary than {first.path}")
+        _check_kind(self.objective, sources.values(), self.sequence_lengths)
         num_tokens = {
             name: store.num_tokens(lang, "train") for name, (store, lang) in sources.items()
         }
         mixture = PhasedMixture(
             stretches, num_tokens, seed=self.seed, block_tokens=self._block_tokens
         )
-        return OpenTrainData(first, sources, mixture, self._num_prefetched, self._skips)
+        return OpenTrainData(
+            first, sources, mixture, self._num_prefetched, self._skips, self.objective
+        )
+
+
+def _check_kind(
+    objective: Objective, sources: Iterable[tuple[TokenStore, str]], lengths: Iterable[int]
+) -> None:
+    """BadInput where an objective for text meets examples, or the other way round, or windows cut them."""
+    for store, language in sources:
+        name, packed = type(objective).__name__, store.pack_tokens(language)
+        if objective.takes_examples != (packed is not None):
+            kind, objectives = ("text", "other objectives") if packed is None else (
+                "inputs and targets", "TrainData.objective = @InputsTargets()")  # fmt: skip
+            raise BadInput(f"{store.path} holds {kind}, not for {name}; that takes {objectives}")
+        if packed and (bad := [length for length in lengths if length % packed]):
+            raise BadInput(
+                f"{store.path} was packed for windows of {packed} tokens (prepare.pack_tokens), and SEQUENCE_LENGTH is "
+                f"{bad[0]}: no multiple of it"
+            )
 
 
 def _label(language: str, store: TokenStore, sources: dict[str, tuple[TokenStore, str]]) -> str:
@@ -264,6 +310,7 @@ class OpenTrainData:
       store: of the first phase.
       sources: store and language of each source of the mixture.
       sequence_length: of the first phase, and of evaluation.
+      objective: of training and of evaluation.
     """
 
     def __init__(
@@ -273,8 +320,10 @@ class OpenTrainData:
         mixture: PhasedMixture,
         num_prefetched: int,
         skips: Skips = Skips(),  # noqa: B008 # immutable
+        objective: Objective = CausalLM(),  # noqa: B008 # immutable
     ):
         self.store = store
+        self.objective = objective
         self.sources = sources
         self.mixture = mixture
         self.kept = KeptSamples(mixture, skips)
@@ -293,7 +342,7 @@ class OpenTrainData:
             "sequence_length": self.sequence_length,
             "seed": self.mixture.seed,
             "shares": self.mixture.shares,
-        }
+        } | identity(self.objective)
         if self.mixture.block_tokens != self.sequence_length:
             found["block_tokens"] = self.mixture.block_tokens
         phases = phases_identity(self.mixture, self.kept.end(num_samples))
@@ -383,7 +432,8 @@ class OpenTrainData:
         mine = mine[mine < len(samples)]
         tokens = dict(zip(mine.tolist(), self.rows(samples[mine]), strict=True))
         length = self.sequence_length_of(int(samples[0]))
-        return put_batch(tokens, num_rows(len(samples)), length + 1, mesh)
+        keys = sample_keys(samples, tokens)
+        return put_batch(tokens, num_rows(len(samples)), length + 1, mesh, self.objective, keys)
 
     def first_step_like(self, step: int, schedule: BatchSchedule) -> int:
         """The first step of the phase that `step` (1-based) belongs to."""
@@ -445,10 +495,12 @@ class EvalData:
         mine = host_rows(num_rows, mesh)
         for first in range(0, len(windows), num_rows):
             part = windows[first : first + num_rows]
-            tokens = {}
+            tokens, keys = {}, {}
             for row in mine[mine < len(part)].tolist():
                 (store, language), window = data.sources[part[row][0]], part[row][1]
                 tokens[row] = store.read_windows(
                     language, "validation", np.array([window]), length
                 )[0]
-            yield [name for name, _ in part], put_batch(tokens, num_rows, length + 1, mesh)
+                keys[row] = held_out_key(language, window)
+            names = [name for name, _ in part]
+            yield names, put_batch(tokens, num_rows, length + 1, mesh, data.objective, keys)

@@ -58,31 +58,46 @@ def pad_left(prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens_BP, valid_BP
 
 
-def next_logits(model: Bloom, variables, tokens_BL, start, k_valid_BS) -> tuple[jax.Array, Any]:
+def next_logits(
+    model: Bloom, variables, tokens_BL, start, k_valid_BS, last_key_BL=None
+) -> tuple[jax.Array, Any]:
     """float32 logits [B, V] after the last of `tokens_BL`, and the cache with them in slots `start`.. of S.
 
     `variables` holds "params" and, from the second call on, the "cache" of the call before. `k_valid_BS` is False for
-    slots of padding; those that are not written yet may be True.
+    slots of padding; those that are not written yet may be True. `last_key_BL` is the last slot that each token sees;
+    None for its own.
     """
     x_BLD, updated = model.apply(
-        variables, tokens_BL, start=start, k_valid_BS=k_valid_BS, mutable=["cache"]
-    )
+        variables, tokens_BL, start=start, k_valid_BS=k_valid_BS, last_key_BL=last_key_BL,
+        mutable=["cache"],
+    )  # fmt: skip
     logits_B1V: Any = model.apply(variables, x_BLD[:, -1:], method="logits")
     return logits_B1V[:, 0], updated["cache"]
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "max_new_tokens", "eos_id", "temperature", "top_k", "top_p"),
+    static_argnames=(
+        "model",
+        "max_new_tokens",
+        "eos_id",
+        "temperature",
+        "top_k",
+        "top_p",
+        "sees_whole_prompt",
+    ),
 )
 def _generate(
-    model, params, tokens_BP, valid_BP, key, *, max_new_tokens, eos_id, temperature, top_k, top_p
-):
+    model, params, tokens_BP, valid_BP, key, *, max_new_tokens, eos_id, temperature, top_k, top_p,
+    sees_whole_prompt,
+):  # fmt: skip
     """Tokens [B, max_new_tokens]; after </s> a row repeats it."""
     B, P = tokens_BP.shape
     k_valid_BS = jnp.pad(valid_BP, ((0, 0), (0, max_new_tokens)), constant_values=True)
     sample = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
-    logits_BV, cache = next_logits(model, {"params": params}, tokens_BP, 0, k_valid_BS)
+    last_key_BP = jnp.full((B, P), P - 1) if sees_whole_prompt else None
+    variables = {"params": params}
+    logits_BV, cache = next_logits(model, variables, tokens_BP, 0, k_valid_BS, last_key_BP)
     out_BN = jnp.full((B, max_new_tokens), eos_id, jnp.int32)
 
     def more(carry):
@@ -113,8 +128,11 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    sees_whole_prompt: bool = False,
 ) -> list[list[int]]:
     """Continues each prompt (token ids, at least one) by up to `max_new_tokens`; a row ends before its </s>.
+
+    With `sees_whole_prompt` tokens of a prompt see those after them, too: of objectives with a prefix.
 
     Raises BadInput for an empty prompt, an id that is no row of the embedding, sampling options outside their range, or
     if there are no positions for the shortest prompt and all of its continuation; of a longer one, what is beyond them
@@ -135,6 +153,7 @@ def generate(
     out_BN = _generate(
         model, params, tokens_BP, valid_BP, jax.random.key(seed), max_new_tokens=max_new_tokens,
         eos_id=eos_id, temperature=float(temperature), top_k=int(top_k), top_p=float(top_p),
+        sees_whole_prompt=sees_whole_prompt,
     )  # fmt: skip
     rows = np.asarray(out_BN).tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]

@@ -86,6 +86,7 @@ def generate() -> int:
         trained.model, trained.read_params(), encoded, max_new_tokens=max_length - min(map(len, encoded)),
         eos_id=vocabulary.eos_id, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
         top_p=_TOP_P.value, seed=_SEED.value,
+        sees_whole_prompt=trained.objective.sees_whole_prompt(),
     )  # fmt: skip
     for prompt, ids, text in zip(prompts, encoded, texts, strict=True):
         print(prompt + vocabulary.decode(text[: max_length - len(ids)]))

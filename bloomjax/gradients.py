@@ -12,6 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from bloomjax import partitioning
 
 
+def loss_weights(batch: Mapping[str, Any]) -> jax.Array:
+    """Of each row in the loss, [B]: its `weights`, and with weights of its tokens, how much these are together."""
+    if "token_weights" not in batch:
+        return batch["weights"]
+    return batch["weights"] * jnp.sum(batch["token_weights"], axis=1)
+
+
 @jax.custom_vjp
 def _used_often(x):
     """x, whose gradient is the sum over all its uses before anything is done with it: one all-reduce, one addition."""
@@ -59,9 +66,11 @@ def loss_and_gradient(
         loss, grads = jax.value_and_grad(loss_of)(differentiated, batch, key)
     else:
         loss, grads, first_norm = _accumulate(loss_of, differentiated, batch, key, num_microbatches)
-        first, total = jnp.sum(batch["weights"][::num_microbatches]), jnp.sum(batch["weights"])
+        weights_B = loss_weights(batch)
+        first, total = jnp.sum(weights_B[::num_microbatches]), jnp.sum(weights_B)
         # A share of the batch's mean; the mean of the part itself is larger.
-        parts = {"part_norm": first_norm * total / first, "part_samples": first}
+        num_first = jnp.sum(batch["weights"][::num_microbatches])
+        parts = {"part_norm": first_norm * total / first, "part_samples": num_first}
     gradient = unflatten_dict(grads[0] | grads[1])
     return loss, jax.tree.map(lambda g: g.astype(jnp.float32), gradient), parts
 

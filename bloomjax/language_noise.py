@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import partitioning
-from bloomjax.data import OpenTrainData, host_rows, put_batch
+from bloomjax.data import OpenTrainData, held_out_key, host_rows, put_batch
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
 from bloomjax.train_step import Batch, StepOptions, make_gradient
@@ -96,7 +96,10 @@ class OpenLanguageNoise:
         rows = store.read_windows(language, "train", windows[mine], length) if len(mine) else []
         tokens = dict(zip(mine.tolist(), rows, strict=True))
         entries = {"language": name, "language_samples": len(windows)}
-        return entries, put_batch(tokens, self._num_rows, length + 1, self._mesh)
+        keys = {row: (*held_out_key(language, int(windows[row])), step) for row in tokens}
+        return entries, put_batch(
+            tokens, self._num_rows, length + 1, self._mesh, self._data.objective, keys
+        )
 
 
 def make_noise_step(

@@ -173,8 +173,9 @@ class Block(nn.Module):
     deterministic: bool = True
 
     @nn.compact
-    def __call__(self, x_BLD, documents_BL, start, k_valid_BS, turn):
-        """`start` and `k_valid_BS` belong to decoding with a cache (see decoding.py), `turn` to rotary positions."""
+    def __call__(self, x_BLD, seen, start, k_valid_BS, turn):
+        """`seen` is (documents_BL, last_key_BL), each or None. `start` and `k_valid_BS` belong to decoding with a cache
+        (see decoding.py), `turn` to rotary positions."""
         c = self.config
         D, H, K, F = c.emb_dim, c.num_heads, c.head_dim, c.mlp_width
         widths = widths_of(c)
@@ -196,7 +197,7 @@ class Block(nn.Module):
         q, k, v = (a.squeeze(2) for a in jnp.split(qkv_BLcHK, 3, axis=2))
         q, k = c.positions.rotate(q, k, turn)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-        context_BLHK = self._attend(widths.scaled_query(q), k, v, documents_BL, start, k_valid_BS)
+        context_BLHK = self._attend(widths.scaled_query(q), k, v, seen, start, k_valid_BS)
         context_BLHK = constrain_activation(context_BLHK, "batch", "length", "heads", "kv")
         y_BLD = matmul(
             "BLHK,HKD->BLD", ("heads", "kv", "embed"), (H, K, D), ("norm",), std["out"], name="out"
@@ -213,22 +214,22 @@ class Block(nn.Module):
         y_BLD = scatter_length(y_BLD)
         return checkpoint_name(x_BLD + dropout(y_BLD), "residual"), None
 
-    def _attend(self, q_BLHK, k_BLHK, v_BLHK, documents_BL, start, k_valid_BS):
-        c = self.config
+    def _attend(self, q_BLHK, k_BLHK, v_BLHK, seen, start, k_valid_BS):
+        c, (documents_BL, last_key_BL) = self.config, seen
         slopes_H = c.positions.slopes(c.num_heads, c.alibi_rounding)
         if k_valid_BS is None:
             rate = 0.0 if self.deterministic else c.attention_dropout_rate
             # For initial values any will do, and a kernel need not be where they are made: `plan` has no TPU.
             kernel = "xla" if self.is_initializing() else c.attention_kernel
             return attend(
-                kernel, q_BLHK, k_BLHK, v_BLHK, slopes_H, documents_BL=documents_BL,
+                kernel, q_BLHK, k_BLHK, v_BLHK, slopes_H, documents_BL=documents_BL, last_key_BL=last_key_BL,
                 rounding=c.alibi_rounding, dropout_rate=rate, skip_far_blocks=c.skip_far_blocks,
                 dropout_rng=self.make_rng("dropout") if rate else None,
             )  # fmt: skip
         keys_BSHK, values_BSHK = cached(self, k_BLHK, v_BLHK, start, k_valid_BS.shape[1])
         return cached_attention(
             q_BLHK, keys_BSHK, values_BSHK, slopes_H, start=start, k_valid_BS=k_valid_BS,
-            rounding=c.alibi_rounding,
+            last_key_BL=last_key_BL, rounding=c.alibi_rounding,
         )  # fmt: skip
 
 
@@ -249,13 +250,18 @@ class Bloom(nn.Module):
         self.final_norm = LayerNorm(c.layer_norm_epsilon, widths_of(c).output_multiplier)
 
     @nn.compact
-    def __call__(self, tokens_BL, *, deterministic: bool = True, start=None, k_valid_BS=None):
-        """Final hidden states [B, L, D] of int32 tokens. With `k_valid_BS` it decodes on the cache from `start` on."""
+    def __call__(
+        self, tokens_BL, *, deterministic: bool = True, start=None, k_valid_BS=None,
+        documents_BL=None, last_key_BL=None,
+    ):  # fmt: skip
+        """Final hidden states [B, L, D] of int32 tokens. With `k_valid_BS` it decodes on the cache from `start` on.
+
+        Without `documents_BL` those of config.document_end_id; `last_key_BL` as in `attention.xla_attention`.
+        """
         c = self.config
         x_BLD = embed(c.dtype, self.embedding_VD, tokens_BL)
         x_BLD = self.embedding_norm(x_BLD) if c.embedding_norm else x_BLD
-        documents_BL = None
-        if c.document_end_id is not None and k_valid_BS is None:
+        if documents_BL is None and c.document_end_id is not None and k_valid_BS is None:
             documents_BL = document_numbers(tokens_BL, c.document_end_id)
         places = Places(tokens_BL.shape[1], documents_BL, start, k_valid_BS)
         word_std = 1.0 if c.embedding_norm else c.init_std
@@ -282,7 +288,9 @@ class Bloom(nn.Module):
             length=c.num_layers,
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, deterministic, name="layers")(x_BLD, documents_BL, start, k_valid_BS, turn)
+        )(
+            c, deterministic, name="layers"
+        )(x_BLD, (documents_BL, last_key_BL), start, k_valid_BS, turn)
         return gather_length(self.final_norm(x_BLD))
 
     def logits(self, x_BLD) -> jax.Array:

@@ -11,6 +11,7 @@ from bloomjax import config, partitioning
 from bloomjax.checkpoints import Checkpoints, is_imported
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
+from bloomjax.objectives import CausalLM, Objective
 from bloomjax.train_state import abstract_params
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
@@ -24,6 +25,7 @@ class Trained:
       position: what the checkpoint says about itself.
       vocabulary: None for an imported model that brought none.
       sequence_length: of training, in tokens.
+      objective: of training; CausalLM where config.gin names none.
     """
 
     path: Path
@@ -31,6 +33,7 @@ class Trained:
     position: dict[str, Any]
     vocabulary: Vocabulary | None
     sequence_length: int
+    objective: Objective = CausalLM()
 
     @property
     def step(self) -> int:
@@ -82,7 +85,11 @@ def open_model_dir(path: Path, step: int | None = None) -> Trained:
     if data["vocabulary"] is not None:
         vocabulary = _open_vocabulary(path, data["vocabulary"])
     source = position["imported"] if is_imported(position) else data
-    return Trained(path, model, position, vocabulary, source["sequence_length"])
+    objective = None
+    if "TrainData.objective" in (path / "config.gin").read_text(encoding="utf-8"):
+        objective = config.build("TrainData.objective", path / "config.gin")
+    length = source["sequence_length"]
+    return Trained(path, model, position, vocabulary, length, objective or CausalLM())
 
 
 def _open_vocabulary(path: Path, fingerprint: str) -> Vocabulary:

@@ -20,6 +20,7 @@ from absl import flags
 
 from bloomjax import config, energy, plan_report, targets
 from bloomjax.errors import BadInput
+from bloomjax.objectives import CausalLM
 
 _FITS, _BAD_INPUT, _DOES_NOT_FIT = 0, 2, 3
 _FLAGS = flags.FlagValues()
@@ -207,6 +208,7 @@ def _setup() -> Any:
         num_steps=num_steps, sequence_length=max(length for _, length in stretches),
         max_filled_share=0.5 if share is None else share, stretches=stretches,
         is_guarded=_optional("Health.guard") is not None,
+        objective=_optional("TrainData.objective") or CausalLM(),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from bloomjax import energy, flops, hlo, jaxpr_flops, preflight, roofline, train
 from bloomjax.data import check_filled_shares
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
+from bloomjax.objectives import CausalLM, Objective
 from bloomjax.partitioning import MESH_AXES, MeshShape, num_batch_shards
 from bloomjax.schedules import BatchSchedule
 from bloomjax.targets import Target
@@ -46,6 +47,7 @@ class Setup:
     stretches: tuple[
         tuple[int, int], ...
     ] = ()  # first sample and sequence length; () for one length
+    objective: Objective = CausalLM()
 
     @property
     def planned_tokens(self) -> int:
@@ -140,7 +142,9 @@ class _Plan:
         self.num_rows = num_rows(setup.batch_size)
         self.num_microbatches = setup.step.num_microbatches(self.num_rows // num_batch_shards(mesh))
         self.state = train_state.abstract_state(setup.model, setup.optimizer, mesh)
-        self.batch = train_step.abstract_batch(self.num_rows, setup.sequence_length, mesh)
+        self.batch = train_step.abstract_batch(
+            self.num_rows, setup.sequence_length, mesh, setup.objective
+        )
         self.compiled: dict[str, Any] = {}
         self.program: hlo.Program | None = None
         key = jax.eval_shape(lambda: jax.random.key(0))

@@ -15,6 +15,7 @@ from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
 from bloomjax.kernel_check import check_attention_kernel
 from bloomjax.model import Bloom
+from bloomjax.objectives import CausalLM, Objective
 from bloomjax.token_store import store_exists
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
@@ -36,7 +37,10 @@ def check_model(model: Bloom, mesh: Mesh, sequence_lengths: Iterable[int]) -> No
 
 
 def check_device(
-    model: Bloom, mesh: Mesh, compiler_options: Mapping[str, bool | int | str] | None
+    model: Bloom,
+    mesh: Mesh,
+    compiler_options: Mapping[str, bool | int | str] | None,
+    objective: Objective = CausalLM(),  # noqa: B008 # immutable
 ) -> None:
     """BadInput if this platform's compiler does not know an option, or the attention kernel fails or is wrong here.
 
@@ -52,7 +56,7 @@ def check_device(
     c = model.config
     difference = check_attention_kernel(
         c.attention_kernel, c.num_heads, c.head_dim, c.dtype, mesh.local_devices[0],
-        has_masks=c.document_end_id is not None,
+        has_masks=c.document_end_id is not None or "last_key" in objective.arrays,
     )  # fmt: skip
     if difference is not None and job.is_main():
         print(f"attention kernel {c.attention_kernel}: within {difference:.1e} of float32 scores")
@@ -86,6 +90,11 @@ def open_matching_vocabulary(path: str, data: OpenTrainData, model: Bloom) -> Vo
         raise BadInput(
             f"vocabulary {path} has {vocabulary.size} tokens, the embedding only {model.config.vocab_size} rows "
             "(BloomConfig.vocab_size)"
+        )
+    if data.objective.num_ids() > model.config.vocab_size:
+        raise BadInput(
+            f"{type(data.objective).__name__} needs {data.objective.num_ids()} token ids, the embedding has only "
+            f"{model.config.vocab_size} rows (BloomConfig.vocab_size)"
         )
     return vocabulary
 

@@ -69,6 +69,7 @@ def prepare(
     merge: bool = False,
     runner: str | None = None,
     runner_options: Sequence[str] = (),
+    pack_tokens: int | None = None,
 ) -> None:
     """Makes the token store `store_dir` of a Mixture or Task.
 
@@ -76,8 +77,7 @@ def prepare(
       task_module: module that registers it, such as 'bloomjax.tasks.demo'.
       mixture_or_task_name: its name; each Task is one language of the store.
       vocabulary_path: a SentencePiece .model or a tokenizer.json. Where there is none, it is
-        trained on the text that is not held out: SentencePiece for a name that ends in .model,
-        byte-level BPE as BLOOM's for one in .json.
+        trained on the text that is not held out: a .model of SentencePiece, a .json of BLOOM's BPE.
       vocab_size: number of tokens of the vocabulary to train; one that exists may have up to
         1,023 fewer, for a model whose vocabulary was rounded up.
       store_dir: the store to make: a folder, or a file://, gs:// or s3:// URL.
@@ -94,6 +94,7 @@ def prepare(
       merge: only make the store of the finished shards.
       runner: Apache Beam runner that tokenises in place of processes here.
       runner_options: flags for it, such as '--flink_master=host:8081'.
+      pack_tokens: SEQUENCE_LENGTH, for Tasks of inputs and targets: none crosses a multiple of it.
 
     Raises:
       BadInput: the text, the vocabulary or an existing store cannot be used as asked.
@@ -103,17 +104,16 @@ def prepare(
     share = _parse_share(shard)
     if [share is not None, merge, runner is not None].count(True) > 1:
         raise BadInput("--shard, --merge and --runner exclude each other")
-    _check_positive(num_workers=num_workers, shard_bytes=shard_bytes)
+    _check_positive(num_workers=num_workers, shard_bytes=shard_bytes, pack_tokens=pack_tokens)
     folder = _shards_folder(store_dir, shards_dir)
     _check_outside(text_dir, store_dir, str(folder))
-    languages = [
-        dataclasses.replace(language, skip_bad=skip_bad_documents)
-        for language in find_languages(task_module, mixture_or_task_name, text_dir)
-    ]
+    found = find_languages(task_module, mixture_or_task_name, text_dir)
+    languages = [dataclasses.replace(each, skip_bad=skip_bad_documents) for each in found]
+    _check_packing(languages, pack_tokens)
     if token_store.store_exists(store_dir):
         vocab = _open_vocabulary(vocabulary_path, vocab_size)
         store = TokenStore(store_dir)
-        _check_up_to_date(store, languages, vocab, holdout_fraction)
+        _check_up_to_date(store, languages, vocab, holdout_fraction, pack_tokens)
         if share is None:
             _remove_what_made(folder)
         _say(f"{store_dir} is up to date, nothing to do: {_summary(store)}")
@@ -149,7 +149,7 @@ def prepare(
             return
         elif not merge:
             _tokenise(shards, folder, vocab, num_workers)
-        store = _merge(store_dir, groups, folder, vocab, holdout_fraction, num_workers)
+        store = _merge(store_dir, groups, folder, vocab, holdout_fraction, num_workers, pack_tokens)
     _say(f"{store_dir}: {_summary(store)}, {time.monotonic() - start_seconds:.1f} seconds")
 
 
@@ -160,6 +160,19 @@ def _check_positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise BadInput(f"{name} must be at least 1, got {number}")
+
+
+def _check_packing(languages: Sequence[Language], pack_tokens: int | None) -> None:
+    kinds = {language.has_targets for language in languages}
+    if len(kinds) > 1:
+        raise BadInput("Tasks of text and Tasks of inputs and targets do not go into one store")
+    if True in kinds and pack_tokens is None:
+        raise BadInput(
+            "Tasks of inputs and targets need prepare.pack_tokens, the SEQUENCE_LENGTH of training "
+            "(ablations/inputs_targets.gin)"
+        )
+    if True not in kinds and pack_tokens is not None:
+        raise BadInput("prepare.pack_tokens is for Tasks of inputs and targets; these are of text")
 
 
 def _parse_share(shard: str | None) -> tuple[int, int] | None:
@@ -337,6 +350,7 @@ def _merge(
     vocab: Vocabulary,
     holdout_fraction: float,
     num_workers: int,
+    pack_tokens: int | None,
 ) -> TokenStore:
     """Makes the store of finished shards, and removes them."""
     num_tokens = _check_finished(groups, folder, vocab)
@@ -352,6 +366,7 @@ def _merge(
             folder=str(folder),
             root=root,
             holdout_fraction=holdout_fraction,
+            pack_tokens=pack_tokens,
         )
         with contextlib.closing(
             prepare_pool.run(write, groups, num_workers, progress.report)
@@ -416,7 +431,11 @@ def _say_bad(language: str, headers: Sequence[dict[str, Any]]) -> None:
 
 
 def _check_up_to_date(
-    store: TokenStore, languages: Sequence[Language], vocab: Vocabulary, holdout_fraction: float
+    store: TokenStore,
+    languages: Sequence[Language],
+    vocab: Vocabulary,
+    holdout_fraction: float,
+    pack_tokens: int | None,
 ) -> None:
     """Raises BadInput that says in what an existing store differs from what is asked for."""
     differences = []
@@ -428,6 +447,8 @@ def _check_up_to_date(
         differences.append(
             f"the held-out fraction ({store.manifest['holdout_fraction']}, now {holdout_fraction})"
         )
+    if others := {store.pack_tokens(each) for each in store.languages} - {pack_tokens}:
+        differences.append(f"pack_tokens ({', '.join(map(str, others))}, now {pack_tokens})")
     asked = {language.label: language for language in languages}
     if gone := [label for label in store.languages if label not in asked]:
         differences.append(f"no longer there: {', '.join(gone)}")

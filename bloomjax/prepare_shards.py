@@ -446,6 +446,7 @@ def merge_language(
     folder: str,
     root: str,
     holdout_fraction: float,
+    pack_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Writes the tokens of all shards of a language, which are finished, into a store.
 
@@ -455,6 +456,7 @@ def merge_language(
       folder: of the files of the shards.
       root: the folder of the store, from `token_store.build_store`.
       holdout_fraction: share of the documents, at the end, that become the validation split.
+      pack_tokens: as for `token_store.write_tokens`.
 
     Returns:
       The entry of the language for `token_store.write_manifest`.
@@ -488,6 +490,7 @@ def merge_language(
         num_bad_documents=sum(header["num_bad_documents"] for header in found),
         holdout_fraction=holdout_fraction,
         sources=[source for source in sources if source.path],
+        pack_tokens=pack_tokens,
     )
 
 

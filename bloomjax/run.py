@@ -637,7 +637,10 @@ class Run:
         self._end(state)
         self._journal.write("done", step=self.step, samples=self.position.samples)
         length = self._data.sequence_length
-        samples = screen.sample_texts(self._model, state.params, vocabulary, prompts, length)
+        samples = screen.sample_texts(
+            self._model, state.params, vocabulary, prompts, length,
+            self._data.objective.sees_whole_prompt(),
+        )  # fmt: skip
         if not self._is_main:
             return
         screen.print_losses(self._metrics)

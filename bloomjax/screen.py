@@ -67,7 +67,12 @@ def print_columns(cells: Sequence[str]) -> None:
 
 
 def sample_texts(
-    model: Bloom, params: Any, vocabulary: Vocabulary, prompts: Sequence[str], max_length: int
+    model: Bloom,
+    params: Any,
+    vocabulary: Vocabulary,
+    prompts: Sequence[str],
+    max_length: int,
+    sees_whole_prompt: bool = False,
 ) -> list[str]:
     """A continuation of each prompt; every host takes part, the parameters may be spread over all."""
     if not prompts:
@@ -82,5 +87,6 @@ def sample_texts(
         eos_id=vocabulary.eos_id,
         temperature=0.8,
         top_p=0.9,
+        sees_whole_prompt=sees_whole_prompt,
     )
     return [vocabulary.decode(text) for text in texts]

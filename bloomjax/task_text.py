@@ -21,6 +21,7 @@ from typing import Any
 
 from bloomjax import token_store
 from bloomjax.errors import BadInput
+from bloomjax.examples import FIELDS, Example
 
 _EXTRA_MODULES = {"seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets"}
 _DOCUMENTS_PER_BATCH = 256
@@ -37,6 +38,7 @@ class Language:
       text_field: field of the documents in files that have fields.
       through_seqio: whether the files alone do not give the documents: there are none, or the Task
         has preprocessors.
+      has_targets: whether the documents are Examples, of inputs and targets.
       skip_bad: whether documents of files that cannot be read are left out rather than refused.
       num_documents, num_skipped_documents: with text, and blank.
     """
@@ -46,6 +48,7 @@ class Language:
     files: tuple[str, ...] = ()
     text_field: str = ""
     through_seqio: bool = True
+    has_targets: bool = False
     skip_bad: bool = False
     num_documents: int = 0
     num_skipped_documents: int = 0
@@ -54,10 +57,13 @@ class Language:
     def of(cls, task: Any) -> "Language":
         """Finds the files of a Task of bloomjax.tasks; other Tasks have none."""
         text = getattr(task.source, "language_text", None)
+        has_targets = "text" not in task.output_features
         if text is None:
-            return cls(task.name.rsplit(".", 1)[-1], task)
+            return cls(task.name.rsplit(".", 1)[-1], task, has_targets=has_targets)
         files = tuple(map(str, text.files))
-        return cls(text.language, task, files, text.text_field, bool(task.preprocessors))
+        return cls(
+            text.language, task, files, text.text_field, bool(task.preprocessors), has_targets
+        )
 
     def documents(self) -> Generator[str, None, None]:
         """The documents of the Task, in source order, read through seqio."""
@@ -65,14 +71,17 @@ class Language:
 
         split = "train" if "train" in self.task.splits else next(iter(self.task.splits))
         dataset = self.task.get_dataset(sequence_length=None, split=split, shuffle=False)
-        dataset = dataset.map(lambda example: example["text"]).batch(_DOCUMENTS_PER_BATCH)
+        names = FIELDS.split("+") if self.has_targets else ["text"]
+        dataset = dataset.map(lambda example: tuple(example[name] for name in names))
+        dataset = dataset.batch(_DOCUMENTS_PER_BATCH)
         # An iterator that is alive at exit, with Python code behind tf.data, makes the process hang.
         # It must be gone however this ends, also from the frames an exception holds.
         iterator = dataset.as_numpy_iterator()
         try:
             for batch in iterator:
-                for text in batch.tolist():
-                    yield text.decode()
+                for parts in zip(*(part.tolist() for part in batch), strict=True):
+                    texts = [part.decode() for part in parts]
+                    yield Example(*texts) if self.has_targets else texts[0]
         except tf.errors.OpError as error:
             bad_input = re.search(r"BadInput: (.*)", str(error))
             reason = bad_input.group(1) if bad_input else " ".join(str(error).split())
@@ -139,9 +148,13 @@ def find_languages(task_module: str, name: str, text_dir: str | None) -> list[La
         raise BadInput(f"{task_module} registers no Mixture or Task '{name}'; there are: {there}")
     tasks = seqio.get_subtasks(seqio.get_mixture_or_task(name))
     for task in tasks:
-        if "text" not in task.output_features:
+        if "text" not in task.output_features and not {*FIELDS.split("+")} <= {
+            *task.output_features
+        }:
             features = ", ".join(task.output_features)
-            raise BadInput(f"{task.name} has no feature 'text' of raw text; it has: {features}")
+            raise BadInput(
+                f"{task.name} has no feature 'text' of raw text, nor 'inputs' and 'targets'; it has: {features}"
+            )
     languages = [Language.of(task) for task in tasks]
     _check_separate(languages)
     return languages

@@ -17,6 +17,7 @@ It is immutable: `build_store` makes it under another name and renames it at the
 import array
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -33,8 +34,9 @@ import tensorstore
 
 from bloomjax import kvstores
 from bloomjax.errors import BadInput
+from bloomjax.examples import Example
 from bloomjax.local_shards import LocalTokens, ShardFiles, Unreadable
-from bloomjax.vocabulary import Vocabulary
+from bloomjax.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary
 
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
@@ -97,11 +99,19 @@ class Documents(NamedTuple):
 
 
 def tokenise(texts: Sequence[str], vocabulary: Vocabulary, *, threads: bool = True) -> Documents:
-    """The documents `texts` as tokens; without `threads` nothing beyond the caller's core is used."""
-    if threads:
-        ids = vocabulary.encode_batch(texts)
-    else:
-        ids = map(vocabulary.encode, texts)
+    """The documents `texts` as tokens; without `threads` nothing beyond the caller's core is used.
+
+    An Example is its inputs, `<s>`, which no text has, and its targets.
+    """
+    parts = [
+        part for text in texts
+        for part in ((text.inputs, text.targets) if isinstance(text, Example) else (text,))
+    ]  # fmt: skip
+    encoded = iter(vocabulary.encode_batch(parts) if threads else map(vocabulary.encode, parts))
+    ids = (
+        [*next(encoded), BOS_ID, *next(encoded)] if isinstance(text, Example) else next(encoded)
+        for text in texts
+    )  # fmt: skip
     tokens = array.array("I")  # fills twice as fast as a numpy array does
     lengths = np.empty(len(texts), np.uint64)
     for number, document in enumerate(ids):
@@ -174,6 +184,7 @@ def write_language(
     num_documents: int | None = None,
     holdout_fraction: float = 0.05,
     sources: Sequence[SourceFile] = (),
+    pack_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Tokenises the documents of one language into its arrays below `root`.
 
@@ -187,6 +198,7 @@ def write_language(
       num_documents: number of documents with text; without it all of them are held in memory.
       holdout_fraction: share of the documents, at the end, that become the validation split.
       sources: the files the documents come from, for the manifest.
+      pack_tokens: as for `write_tokens`.
 
     Returns:
       The entry of the language for `write_manifest`.
@@ -208,7 +220,7 @@ def write_language(
 
     entry = write_tokens(
         root, language, pieces(), num_documents=num_documents,
-        holdout_fraction=holdout_fraction, sources=sources,
+        holdout_fraction=holdout_fraction, sources=sources, pack_tokens=pack_tokens,
     )  # fmt: skip
     return entry | {"num_skipped_documents": num_skipped}
 
@@ -223,6 +235,7 @@ def write_tokens(
     num_bad_documents: int = 0,
     holdout_fraction: float = 0.05,
     sources: Sequence[SourceFile] = (),
+    pack_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Writes the tokenised documents of one language into its arrays below `root`.
 
@@ -238,6 +251,7 @@ def write_tokens(
         not be read, which are not among them; for the manifest.
       holdout_fraction: share of the documents, at the end, that become the validation split.
       sources: the files the documents come from, for the manifest.
+      pack_tokens: fill up with `<pad>` so that no document crosses a multiple of it (see `_Packed`).
 
     Returns:
       The entry of the language for `write_manifest`.
@@ -254,7 +268,8 @@ def write_tokens(
             f"'{language}' has {num_documents} documents; it needs 2, to train and to validate"
         )
     num_train = num_documents - num_holdout_documents(num_documents, holdout_fraction)
-    writers = {split: _SplitWriter(root, language, split) for split in SPLITS}
+    writer = _SplitWriter if pack_tokens is None else functools.partial(_Packed, pack_tokens)
+    writers: dict[str, _SplitWriter] = {split: writer(root, language, split) for split in SPLITS}
     num_written = 0
     for tokens, lengths, num_bytes in pieces:
         num_to_train = min(max(num_train - num_written, 0), len(lengths))
@@ -276,7 +291,7 @@ def write_tokens(
         "num_bad_documents": num_bad_documents,
         "sources": [dataclasses.asdict(source) for source in sources],
         "splits": {split: writer.close() for split, writer in writers.items()},
-    }
+    } | ({"pack_tokens": pack_tokens} if pack_tokens else {})
 
 
 def write_manifest(
@@ -357,6 +372,48 @@ class _SplitWriter:
             "tokens": tokens,
             "document_ends": ends,
         }
+
+
+class _Packed(_SplitWriter):
+    """Examples in blocks of `pack_tokens`, none in two of them, for windows of as many tokens.
+
+    `<pad>` before an example that would cross the end of a block fills it up. One that is longer than a block loses the
+    beginning of its inputs, then the end of its targets. At the end stands an example of nothing but padding, up to the
+    first token of a block: else the last window would lack the token that windows share.
+    """
+
+    def __init__(self, pack_tokens: int, *arguments: Any):
+        super().__init__(*arguments)
+        self._block, self._used, self._num_cut = pack_tokens, 0, 0
+
+    def append(self, documents: Documents) -> None:
+        if not len(documents.lengths):
+            return
+        pieces, lengths = [], []
+        for example in np.split(documents.tokens, np.cumsum(documents.lengths)[:-1].astype(int)):
+            if len(example) > self._block:
+                example = self._cut(example)
+            missing = self._block - self._used
+            padding = missing if len(example) > missing else 0
+            pieces += [np.full(padding, PAD_ID, np.uint32), example]
+            lengths.append(padding + len(example))
+            self._used = (self._used + lengths[-1]) % self._block
+        sizes = np.array(lengths, np.uint64)
+        super().append(Documents(np.concatenate(pieces), sizes, documents.num_bytes))
+
+    def _cut(self, example: np.ndarray) -> np.ndarray:
+        self._num_cut += 1
+        num_inputs = int(np.argmax(example == BOS_ID))
+        example = example[min(num_inputs, len(example) - self._block) :]
+        return np.append(example[: self._block - 1], np.uint32(EOS_ID))
+
+    def close(self) -> dict[str, Any]:
+        tokens = np.full(-self._used % self._block + 1, PAD_ID, np.uint32)
+        tokens[-1] = EOS_ID
+        super().append(
+            Documents(tokens, np.array([len(tokens)], np.uint64), np.zeros(1, np.uint64))
+        )
+        return super().close() | {"num_cut_documents": self._num_cut}
 
 
 class _ArrayWriter:
@@ -484,6 +541,10 @@ class TokenStore:
     def num_windows(self, language: str, split: str, sequence_length: int) -> int:
         """Number of windows of sequence_length + 1 tokens that overlap by one token."""
         return (self.num_tokens(language, split) - 1) // sequence_length
+
+    def pack_tokens(self, language: str) -> int | None:
+        """Of a language of Examples: no document crosses a multiple of it. None for one of text."""
+        return self.manifest["languages"][language].get("pack_tokens")
 
     def read(self, language: str, split: str, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a split, uint32 [stop - start].

@@ -94,7 +94,7 @@ def train(
     begin_process(cluster, reuse_host_memory, compilation_cache_dir)
     device_mesh = mesh.build()
     check_model(model, device_mesh, train_data.sequence_lengths)
-    check_device(model, device_mesh, step.compiler_options)
+    check_device(model, device_mesh, step.compiler_options, train_data.objective)
     num_steps = run_length_steps(batch_schedule, train_steps, train_samples)
     num_rows = functools.partial(step.num_rows, mesh=device_mesh)
     filled = check_filled_shares(batch_schedule, num_steps, num_rows, train_data.max_filled_share)

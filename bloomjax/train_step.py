@@ -10,20 +10,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import float8, partitioning
 from bloomjax.embedding import head_table
 from bloomjax.errors import BadInput
-from bloomjax.gradients import loss_and_gradient
+from bloomjax.gradients import loss_and_gradient, loss_weights
 from bloomjax.losses import linear_cross_entropy
 from bloomjax.model import Bloom
 from bloomjax.mup import widths_of
+from bloomjax.objectives import CausalLM, Objective, filling
 from bloomjax.optimizer import SkippingTransformation
 from bloomjax.train_state import TrainState, init_state, state_of
 
-# tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh, else mostly 1 (reweighting.py).
+# tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh, else mostly 1 (reweighting.py);
+# and what an objective adds, [B, L].
 Batch = dict[str, Any]
 
 
@@ -63,12 +66,15 @@ class StepOptions:
         return -(-rows_of_a_shard // (self.microbatch_size_samples or rows_of_a_shard))
 
 
-def abstract_batch(num_rows: int, sequence_length: int, mesh: Mesh) -> Batch:
+def abstract_batch(
+    num_rows: int, sequence_length: int, mesh: Mesh, objective: Objective = CausalLM()  # noqa: B008
+) -> Batch:  # fmt: skip
     """Shapes and shardings of a batch."""
     rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
+    like = filling(objective, sequence_length) | {"weights": np.float32(0)}
     return {
-        "tokens": jax.ShapeDtypeStruct((num_rows, sequence_length + 1), jnp.int32, sharding=rows),
-        "weights": jax.ShapeDtypeStruct((num_rows,), jnp.float32, sharding=rows),
+        name: jax.ShapeDtypeStruct((num_rows, *a.shape), a.dtype, sharding=rows)
+        for name, a in like.items()
     }
 
 
@@ -87,6 +93,8 @@ def row_losses(
     x_BLD: Any = model.apply(
         {"params": params} | ({"slots": slots} if slots else {}),
         tokens[:, :-1],
+        documents_BL=batch.get("documents"),
+        last_key_BL=batch.get("last_key"),
         deterministic=dropout_rng is None,
         rngs=rngs,
     )
@@ -102,16 +110,21 @@ def row_losses(
 
 
 def make_gradient(model: Bloom, options: StepOptions) -> Callable[..., Any]:
-    """gradient(params, batch, key, num_microbatches) -> what `loss_and_gradient` returns, of the mean over tokens, each
-    row by its weight: filling rows and microbatches leave it as it is. `key` is for dropout; None for none."""
+    """gradient(params, batch, key, num_microbatches) -> what `loss_and_gradient` returns, of the mean over tokens, by
+    the weights of their rows and, where an objective gives them, their own: filling rows and microbatches leave it as
+    it is. `key` is for dropout; None for none."""
 
     def gradient(params, batch, key, num_microbatches):
         length = batch["tokens"].shape[1] - 1
-        token_weight = 1.0 / (jnp.sum(batch["weights"]) * length)
+        has_token_weights = "token_weights" in batch
+        total = jnp.sum(loss_weights(batch)) * (1 if has_token_weights else length)
+        token_weight = 1.0 / total
 
         def loss_fn(params, batch, key, slots):
             weights_B1 = (batch["weights"] * token_weight)[:, None]
             weights_BL = jnp.broadcast_to(weights_B1, (len(weights_B1), length))
+            if has_token_weights:
+                weights_BL = weights_BL * batch["token_weights"]
             return row_losses(model, options, params, batch, weights_BL, key, slots)[0]
 
         return loss_and_gradient(
@@ -165,14 +178,19 @@ def make_train_step(
 
 
 def make_eval_step(model: Bloom, options: StepOptions) -> Callable[[Any, Batch], jax.Array]:
-    """eval_step(params, batch) -> mean loss in nats a token of each row, float32 [B]."""
+    """eval_step(params, batch) -> mean loss in nats a token of each row, by the tokens' weights, float32 [B]."""
 
     def eval_step(params, batch):
         B, length = batch["tokens"].shape
         _, nll_BL = row_losses(
             model, options, params, batch, jnp.ones((B, length - 1), jnp.float32)
         )
-        return jnp.mean(nll_BL, axis=1)
+        if "token_weights" not in batch:
+            return jnp.mean(nll_BL, axis=1)
+        weights_BL = batch["token_weights"]
+        # Rows that only fill the mesh have none.
+        total_B = jnp.maximum(jnp.sum(weights_BL, axis=1), 1e-6)
+        return jnp.sum(nll_BL * weights_BL, axis=1) / total_B
 
     return eval_step
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from bloomjax.errors import BadInput
+from bloomjax.examples import FIELDS, Example
 
 TEXT_FIELD = "text"
 MAX_DOCUMENT_BYTES = 1 << 26
@@ -53,7 +54,7 @@ def read_documents(
 
     Args:
       path: the file.
-      text_field: field of JSON objects, or column of tables.
+      text_field: field of JSON objects, or column of tables; `examples.FIELDS` for JSON objects that are Examples.
       on_bad: called with the BadInput of each document that cannot be read, which is left out; of a file that is cut
         short or damaged it is called once, and what can be read before the damage is kept. Without it they are raised.
 
@@ -63,6 +64,8 @@ def read_documents(
     path = Path(path)
     suffix = text_suffix(path)
     report = _Report(on_bad)
+    if text_field == FIELDS and suffix not in _JSON_LINES:
+        raise BadInput(f"{path}: inputs and targets are read from JSON lines (.jsonl) only")
     try:
         if suffix in _PARAGRAPHS:
             yield from _read_paragraphs(path, report)
@@ -189,9 +192,25 @@ def _read_json_lines(path: Path, text_field: str, report: _Report) -> Iterator[s
             else:
                 report(f"{where} is cut in the middle: the file ends inside it")
             continue
-        text = _text_of(parsed, text_field, where, report)
+        if text_field == FIELDS:
+            text = _example_of(parsed, where, report)
+        else:
+            text = _text_of(parsed, text_field, where, report)
         if text is not None:
             yield text
+
+
+def _example_of(parsed: Any, where: str, report: _Report) -> Example | None:
+    parts = []
+    for name in FIELDS.split("+"):
+        part = _text_of(parsed, name, where, report)
+        if part is None:
+            return None
+        parts.append(part)
+    if not parts[1] or parts[1].isspace():
+        report(f"{where}: the field 'targets' is blank, so there is nothing to learn")
+        return None
+    return Example(*parts)
 
 
 def _text_of(parsed: Any, text_field: str, where: str, report: _Report) -> str | None:

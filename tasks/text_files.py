@@ -23,11 +23,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bloomjax.errors import BadInput
+from bloomjax.examples import FIELDS
 from bloomjax.mixture_weights import check_weights, covering
 from bloomjax.tasks.documents import TEXT_FIELD, OnBad, read_documents, text_suffix
 from bloomjax.tasks.languages import CODE_EXTENSIONS
@@ -222,7 +223,7 @@ def register_tasks(
 
     import seqio
 
-    features = text_features()
+    features = text_features(*(FIELDS.split("+") if text_field == FIELDS else ()))
     for name, language in tasks.items():
         text = LanguageText(language, tuple(languages[language]), text_field)
         seqio.TaskRegistry.remove(name)
@@ -230,13 +231,14 @@ def register_tasks(
     return tasks
 
 
-def text_features() -> dict[str, Any]:
-    """seqio's output features of Tasks of raw text: one string, 'text'."""
+def text_features(*names: str) -> dict[str, Any]:
+    """seqio's output features of Tasks of raw text: strings of these names, without any one, 'text'."""
     import seqio
     import tensorflow as tf
 
     vocabulary = seqio.PassThroughVocabulary(size=0)
-    return {"text": seqio.Feature(vocabulary, add_eos=False, dtype=tf.string, rank=0)}
+    feature = seqio.Feature(vocabulary, add_eos=False, dtype=tf.string, rank=0)
+    return dict.fromkeys(names or ("text",), feature)
 
 
 def add_mixture(mixture: str, tasks: Mapping[str, str], rates: Mapping[str, float]) -> None:
@@ -267,9 +269,10 @@ def _source(text: LanguageText) -> Any:
 
     def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed  # one split, in the order of the files
+        names = FIELDS.split("+") if text.text_field == FIELDS else ["text"]
         return tf.data.Dataset.from_generator(
-            lambda: _encoded_batches(text.documents()),
-            output_signature={"text": tf.TensorSpec((None,), tf.string)},
+            lambda: _encoded_batches(text.documents(), names),
+            output_signature=dict.fromkeys(names, tf.TensorSpec((None,), tf.string)),
         ).unbatch()
 
     source = seqio.FunctionDataSource(dataset_fn, splits=["train"])
@@ -278,10 +281,15 @@ def _source(text: LanguageText) -> Any:
     return source
 
 
-def _encoded_batches(documents: Iterator[str]) -> Iterator[dict[str, list[bytes]]]:
+def _encoded_batches(
+    documents: Iterator[str], names: Sequence[str]
+) -> Iterator[dict[str, list[bytes]]]:
     """Many documents at once: TensorFlow takes 150 microseconds for each call of a generator."""
     while batch := list(itertools.islice(documents, _DOCUMENTS_PER_BATCH)):
-        yield {"text": [document.encode() for document in batch]}
+        if names == ["text"]:
+            yield {"text": [document.encode() for document in batch]}
+        else:
+            yield {name: [getattr(example, name).encode() for example in batch] for name in names}
 
 
 def _list(folder: Path) -> list[Path]:

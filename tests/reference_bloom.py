@@ -72,14 +72,15 @@ def _layer_norm(x, p, xp):
     return x / xp.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
 
-def _attention(x, p, xp):
+def _attention(x, p, xp, seen=None):
     length = x.shape[1]
     q, k, v = (xp.einsum("bld,dhk->bhlk", x, p["qkv"]["kernel"][:, i])
                + p["qkv"]["bias"][i][:, None] for i in range(3))  # fmt: skip
     slopes = xp.asarray(SLOPES[q.shape[1]])
     scores = xp.einsum("bhlk,bhsk->bhls", q, k) / q.shape[-1] ** 0.5
     scores = scores + slopes[:, None, None] * xp.arange(length)
-    scores = xp.where(np.tri(length, dtype=bool), scores, -np.inf)
+    seen = np.tri(length, dtype=bool) if seen is None else seen
+    scores = xp.where(seen, scores, -np.inf)
     e = xp.exp(scores - scores.max(-1, keepdims=True))
     context = xp.einsum("bhls,bhsk->blhk", e / e.sum(-1, keepdims=True), v)
     return xp.einsum("blhk,hkd->bld", context, p["out"]["kernel"]) + p["out"]["bias"]
@@ -91,19 +92,19 @@ def _mlp(x, p, xp):
     return h @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
 
 
-def _block(x, p, xp):
-    x = x + _attention(_layer_norm(x, p["attention_norm"], xp), p, xp)
+def _block(x, p, xp, seen=None):
+    x = x + _attention(_layer_norm(x, p["attention_norm"], xp), p, xp, seen)
     return x + _mlp(_layer_norm(x, p["mlp_norm"], xp), p, xp)
 
 
-def logits(params, tokens, xp=np):
-    """Logits [B, L, V] in the precision of `params`."""
+def logits(params, tokens, xp=np, seen=None):
+    """Logits [B, L, V] in the precision of `params`; `seen` [L, L]: the keys each query sees; None for those before."""
     x = _layer_norm(params["embedding"][tokens], params["embedding_norm"], xp)
     if xp is np:
         for i in range(params["layers"]["qkv"]["bias"].shape[0]):
-            x = _block(x, jax.tree.map(lambda a, i=i: a[i], params["layers"]), xp)
+            x = _block(x, jax.tree.map(lambda a, i=i: a[i], params["layers"]), xp, seen)
     else:
-        x, _ = jax.lax.scan(lambda x, p: (_block(x, p, xp), None), x, params["layers"])
+        x, _ = jax.lax.scan(lambda x, p: (_block(x, p, xp, seen), None), x, params["layers"])
     return _layer_norm(x, params["final_norm"], xp) @ params["embedding"].T
 
 

@@ -191,3 +191,25 @@ def test_temperature_zero_takes_the_likeliest():
 def test_bad_input(prompts, options, message):
     with pytest.raises(BadInput, match=message):
         generate(MODEL, params(), prompts, **{"max_new_tokens": 4, "eos_id": 2} | options)
+
+
+@pytest.mark.parametrize("num_new", [3])
+def test_a_prompt_that_is_seen_whole(num_new):
+    """Ragged prompts: tokens of each see all of it, those after it what is before, as in float64 without a cache."""
+    wide, want = reference_bloom.to_float64(params()), []
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(num_new):
+            position = np.arange(len(tokens))
+            last_key = np.maximum(position, len(prompt) - 1)
+            seen = position[None] <= last_key[:, None]
+            logits = reference_bloom.logits(wide, np.array([tokens]), np, seen)[0, -1]
+            runner_up, best = np.sort(logits)[-2:]
+            assert best - runner_up > 1e-4
+            tokens.append(int(np.argmax(logits)))
+        want.append(tokens[len(prompt) :])
+    got = generate(
+        MODEL, params(), PROMPTS, max_new_tokens=num_new, eos_id=NEVER, sees_whole_prompt=True
+    )
+    assert got == want
+    assert got != generate(MODEL, params(), PROMPTS, max_new_tokens=num_new, eos_id=NEVER)

@@ -35,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import bloomjax
 from bloomjax import config, job, partitioning
 from bloomjax.checkpoints import Checkpoints
-from bloomjax.data import OpenTrainData, host_rows, put_batch
+from bloomjax.data import OpenTrainData, host_rows, put_batch, sample_keys
 from bloomjax.errors import BadInput
 from bloomjax.fault import Fault
 from bloomjax.guard import SpikeGuard
@@ -341,7 +341,8 @@ class Replay:
         mine = mine[samples[mine] >= 0]
         tokens = dict(zip(mine.tolist(), self.data.rows(samples[mine]), strict=True))
         length = self.data.sequence_length_of(int(samples[samples >= 0][0]))
-        batch = put_batch(tokens, num_rows, length + 1, self.mesh)
+        keys = sample_keys(samples, tokens)
+        batch = put_batch(tokens, num_rows, length + 1, self.mesh, self.data.objective, keys)
         return self.fault.on_batch(batch, samples) if self.fault else batch
 
     def check_in_step(self, step: int, left_out: set[int]) -> None:
