@@ -40,6 +40,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.mup", ("MuP",)),
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),
+    ("bloomjax.curriculum", ("LengthCurriculum",)),
     ("bloomjax.data", ("TrainData", "Phase", "EvalData")),
     ("bloomjax.mixture_weights", ("TemperatureWeights", "UniMaxWeights")),
     ("bloomjax.distributed", ("Cluster",)),

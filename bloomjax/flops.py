@@ -50,9 +50,9 @@ class FlopCount(NamedTuple):
 
 
 def flops_per_token(
-    *, vocab_size: int, emb_dim: int, num_layers: int, mlp_dim: int, sequence_length_tokens: int
+    *, vocab_size: int, emb_dim: int, num_layers: int, mlp_dim: int, sequence_length_tokens: float
 ) -> FlopCount:
-    """FLOPs to train on one token of a sequence of `sequence_length_tokens`.
+    """FLOPs to train on one token of a sequence of `sequence_length_tokens`, or of that many in the mean.
 
     Megatron's formula (megatron/training.py of Megatron-DeepSpeed), per sequence and with factor f,
     is 24 f s L h^2 (1 + s / (6h) + V / (16 L h)), written for mlp_dim = 4h; here its 24 h^2 is

@@ -22,7 +22,8 @@ from bloomjax.mup import widths_of
 from bloomjax.optimizer import SkippingTransformation
 from bloomjax.train_state import TrainState, init_state, state_of
 
-# tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh.
+# tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh; token_weights, where tokens of a
+# row weigh differently: float32 [B, L].
 Batch = dict[str, Any]
 
 
@@ -62,13 +63,18 @@ class StepOptions:
         return -(-rows_of_a_shard // (self.microbatch_size_samples or rows_of_a_shard))
 
 
-def abstract_batch(num_rows: int, sequence_length: int, mesh: Mesh) -> Batch:
+def abstract_batch(
+    num_rows: int, sequence_length: int, mesh: Mesh, has_token_weights: bool = False
+) -> Batch:
     """Shapes and shardings of a batch."""
     rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
-    return {
+    shape, f32 = (num_rows, sequence_length), jnp.float32
+    batch = {
         "tokens": jax.ShapeDtypeStruct((num_rows, sequence_length + 1), jnp.int32, sharding=rows),
-        "weights": jax.ShapeDtypeStruct((num_rows,), jnp.float32, sharding=rows),
+        "weights": jax.ShapeDtypeStruct((num_rows,), f32, sharding=rows),
     }
+    extra = {"token_weights": jax.ShapeDtypeStruct(shape, f32, sharding=rows)}
+    return batch | (extra if has_token_weights else {})
 
 
 def row_losses(
@@ -102,15 +108,22 @@ def row_losses(
 
 def make_gradient(model: Bloom, options: StepOptions) -> Callable[..., Any]:
     """gradient(params, batch, key, num_microbatches) -> what `loss_and_gradient` returns, of the mean over tokens of
-    rows of weight 1: filling rows and microbatches leave it as it is. `key` is for dropout; None for none."""
+    rows of weight 1, weighted by `token_weights` if there are: filling rows and microbatches leave it as it is. `key`
+    is for dropout; None for none."""
 
     def gradient(params, batch, key, num_microbatches):
         length = batch["tokens"].shape[1] - 1
-        token_weight = 1.0 / (jnp.sum(batch["weights"]) * length)
+        if "token_weights" in batch:
+            total = jnp.sum(batch["weights"] * jnp.sum(batch["token_weights"], axis=1))
+        else:
+            total = jnp.sum(batch["weights"]) * length
+        token_weight = 1.0 / total
 
         def loss_fn(params, batch, key, slots):
             weights_B1 = (batch["weights"] * token_weight)[:, None]
             weights_BL = jnp.broadcast_to(weights_B1, (len(weights_B1), length))
+            if "token_weights" in batch:
+                weights_BL = weights_BL * batch["token_weights"]
             return row_losses(model, options, params, batch, weights_BL, key, slots)[0]
 
         return loss_and_gradient(
@@ -171,6 +184,11 @@ def make_eval_step(model: Bloom, options: StepOptions) -> Callable[[Any, Batch],
         _, nll_BL = row_losses(
             model, options, params, batch, jnp.ones((B, length - 1), jnp.float32)
         )
+        if "token_weights" in batch:
+            weights_BL = batch["token_weights"]
+            return jnp.sum(nll_BL * weights_BL, axis=1) / jnp.maximum(
+                jnp.sum(weights_BL, axis=1), 1
+            )
         return jnp.mean(nll_BL, axis=1)
 
     return eval_step

@@ -68,7 +68,7 @@ LAYERS = (
         "token_store",
         "vocabulary",
     },
-    {"hf"},
+    {"hf", "curriculum"},
     {"task_text", "prepare_pool", "prepare_beam", "prepare_shards"},
     {"decoding", "hf_tokenizer", "vocabulary_report", "language_report"},
     {"train_state"},
