@@ -185,7 +185,7 @@ class TruncatedSamples(KeptSamples):
 
     def tokens_by_source(self, num: int) -> dict[str, int]:
         found = dict.fromkeys(self.names, 0)
-        stages = [stage for stage in self._curriculum.stages if stage.first_sample < num]
+        stages = [stage for stage in self._curriculum.stages if stage.first_sample <= num]
         ends = [stage.first_sample for stage in stages[1:]] + [num]
         before = dict.fromkeys(self.names, 0)
         for stage, end in zip(stages, ends, strict=True):
