@@ -138,9 +138,9 @@ class LengthCurriculum:
     def lines(self, num_steps: int, num_rows: Callable[[int], int]) -> list[str]:
         """What is said of it before step 1."""
         programs = self.programs(num_steps, num_rows)
-        shapes = ", ".join(
-            f"{rows}x{length} from step {step}" for (rows, length), step in programs.items()
-        )
+        each = [f"{rows}x{length} from step {step}" for (rows, length), step in programs.items()]
+        more = [f"and {len(each) - 8} more"] * (len(each) > 8)
+        shapes = ", ".join(each[:8] + more)
         stage = self.stages[-1]
         return [
             f"sequence length {self.length(1)} to {self.end} by {self.step} until step {stage.first_step}, "

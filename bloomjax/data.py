@@ -194,6 +194,10 @@ class TrainData:
             )
         if any(phase.sequence_length for phase in self._phases):
             raise BadInput("a curriculum and a phase with a sequence_length exclude each other")
+        if curriculum.mode == "phases" and self._block_tokens % curriculum.end:
+            raise BadInput(
+                f"TrainData.block_tokens={self._block_tokens} is no multiple of LengthCurriculum.end={curriculum.end}"
+            )
         if curriculum.mode == "phases" and len(self._phases) > 1:
             raise BadInput("TrainData.phases need LengthCurriculum.mode='truncate'")
 
@@ -426,10 +430,19 @@ class OpenTrainData:
         if not isinstance(self.mixture, CutMixture):
             return list(self.rows(samples))
         source, start = self._locate(np.asarray(samples))
-        block, offset = np.divmod(start, self.mixture.block_tokens)
-        ends = offset + self.mixture.sizes(samples, start) + 1
-        rows = self._read(source, block, self.mixture.block_tokens)
-        return [row[a:b] for row, a, b in zip(rows, offset.tolist(), ends.tolist(), strict=True)]
+        length = self.sequence_length
+        window, offset = np.divmod(start, length)
+        end = offset + self.mixture.sizes(samples, start)
+        rows = list(self._read(source, window, length))
+        more = np.flatnonzero(
+            end > length
+        )  # those that reach into the next window, of the same block
+        following = self._read(source[more], window[more] + 1, length)
+        for row, tokens in zip(more.tolist(), following, strict=True):
+            rows[row] = np.concatenate([rows[row], tokens[1:]])
+        return [
+            row[a : b + 1] for row, a, b in zip(rows, offset.tolist(), end.tolist(), strict=True)
+        ]
 
     def _read(self, source: np.ndarray, window: np.ndarray, length: int) -> np.ndarray:
         """These windows of `length` tokens, int32 [len(window), length + 1]."""

@@ -172,14 +172,14 @@ def rows_of(num_samples):
     return -(-num_samples // 16) * 16
 
 
-@pytest.mark.parametrize("mode", ["truncate", "phases"])
-def test_batches_hold_the_tokens_of_the_step(tiny_text, mesh_of, mode):
-    data = train_data(tiny_text, mode).open()
+@pytest.mark.parametrize("mode, block_tokens", [("truncate", 16), ("phases", 16), ("phases", 48)])
+def test_batches_hold_the_tokens_of_the_step(tiny_text, mesh_of, mode, block_tokens):
+    data = train_data(tiny_text, mode, block_tokens=block_tokens).open()
     curriculum, mesh = data.curriculum, mesh_of(2, 2, 1)
     assert curriculum
     assert data.sequence_length == 16 and curriculum.buckets == (6, 12, 16)
     whole = TrainData(store_dir=str(tiny_text.store_dir), sequence_length=16, seed=3).open()
-    num_tokens = 0
+    num_tokens = reaches = 0
     for step in range(1, 24):
         schedule = curriculum.batch_schedule
         batch = data.batch(step, schedule, mesh, rows_of)
@@ -196,7 +196,9 @@ def test_batches_hold_the_tokens_of_the_step(tiny_text, mesh_of, mode):
                 tokens[: len(samples), : length + 1], whole.rows(samples)[:, : length + 1]
             )
         else:
-            sizes = np.minimum(length, 16 - start % 16)
+            sizes = np.minimum(length, block_tokens - start % block_tokens)
+            if block_tokens == 48 and length > 8:
+                reaches += int((start % 16 + sizes > 16).sum())
         for row, (number, first, size) in enumerate(zip(source, start, sizes, strict=True)):
             store, language = data.sources[data.mixture.names[number]]
             expected = store.read(language, "train", int(first), int(first + size + 1))
@@ -205,11 +207,14 @@ def test_batches_hold_the_tokens_of_the_step(tiny_text, mesh_of, mode):
             np.testing.assert_array_equal(weights[row], np.arange(bucket) < size)
         num_tokens += int((np.asarray(batch["weights"])[:, None] * weights).sum())
         assert data.kept.tokens_after(schedule.samples_after(step)) == num_tokens
+    assert block_tokens == 16 or reaches > 10  # from a window into the next
+    schedule = curriculum.batch_schedule
     seen = data.kept.tokens_by_source(schedule.samples_after(23))
     assert sum(seen.values()) == num_tokens
     epochs = epochs_seen(data.kept, data.sources, schedule.samples_after(23))
     store = data.store
-    assert epochs["aa"] == seen["aa"] / (store.num_windows("aa", "train", 16) * 16)
+    num_blocks = store.num_windows("aa", "train", block_tokens)
+    assert epochs["aa"] == seen["aa"] / (num_blocks * block_tokens)
 
 
 def test_loss_and_gradient_are_those_of_the_tokens_alone(tiny_text, mesh_of):
@@ -390,6 +395,8 @@ def test_what_does_not_go_with_a_curriculum(tiny_text):
         train_data(tiny_text, "phases", phases=[Phase(80, weights={"aa": 1.0})])
     with pytest.raises(BadInput, match="exclude each other"):
         train_data(tiny_text, "truncate", phases=[Phase(80, sequence_length=8)])
+    with pytest.raises(BadInput, match="block_tokens=24 is no multiple of LengthCurriculum.end=16"):
+        train_data(tiny_text, "phases", block_tokens=24)
     curriculum = LengthCurriculum(4, 12, 2, 20, BatchSchedule(8))
     with pytest.raises(BadInput, match="end=12 must be TrainData.sequence_length=16"):
         TrainData(store_dir="x", sequence_length=16, seed=3, curriculum=curriculum)
