@@ -45,6 +45,7 @@ CONFIGURABLES: Configurables = (
     ("bloomjax.activations", ("Gelu", "SquaredRelu", "SwiGlu", "GeGlu", "ReGlu", "LiGlu")),
     ("bloomjax.optimizer", ("adamw",)),
     ("bloomjax.schedules", ("BatchSchedule", "CosineSchedule")),
+    ("bloomjax.curriculum", ("LengthCurriculum",)),
     ("bloomjax.data", ("TrainData", "Phase", "EvalData")),
     ("bloomjax.objectives", ("CausalLM", "PrefixLM", "SpanCorruption", "InputsTargets")),
     ("bloomjax.mixture_weights", ("TemperatureWeights", "UniMaxWeights")),

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bloomjax.curriculum import CutMixture, LengthCurriculum
 from bloomjax.errors import BadInput
 from bloomjax.mixture import MAX_SAMPLES
 from bloomjax.mixture_weights import find_table, temperature_weights
@@ -75,14 +76,19 @@ def put_batch(
     mesh: Mesh,
     objective: Objective = CausalLM(),  # noqa: B008 # immutable
     keys: Mapping[int, Key] | None = None,
+    is_padded: bool = False,
 ) -> Batch:
     """Global arrays from this host's rows: `tokens` maps row number -> int32 [length]; missing rows weigh 0.
 
-    `keys` has the key of each of these rows for the objective; CausalLM needs none.
+    `keys` has the key of each of these rows for the objective; CausalLM needs none. If `is_padded` rows may be shorter,
+    and the tokens that fill them up weigh 0 (`token_weights`).
     """
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     filled = filling(objective, length - 1)
     made = {row: objective.row(tokens[row], keys[row] if keys else ()) for row in tokens}
+    if is_padded:
+        filled = _padded(np.zeros(1, np.int32), length)
+        made = {row: _padded(tokens[row], length) for row in tokens}
 
     def rows_of(name, index):
         return np.stack([made.get(r, filled)[name] for r in range(*index[0].indices(num_rows))])
@@ -98,6 +104,15 @@ def put_batch(
         for name, array in filled.items()
     }
     return batch | {"weights": jax.make_array_from_callback((num_rows,), sharding, weight_rows)}
+
+
+def _padded(tokens: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """A row of `length` tokens, of which those are predicted that are there."""
+    is_there = np.arange(length - 1) < len(tokens) - 1
+    return {
+        "tokens": np.pad(tokens, (0, length - len(tokens))),
+        "token_weights": is_there.astype(np.float32),
+    }
 
 
 def sample_keys(samples: np.ndarray, rows: Iterable[int]) -> dict[int, Key]:
@@ -152,6 +167,7 @@ class TrainData:
         phases: Sequence[Phase] = (),
         skip_samples: Sequence[tuple[int, int]] = (),
         block_tokens: int | None = None,
+        curriculum: LengthCurriculum | None = None,
         max_filled_share: float = 0.5,
         num_prefetched: int = 2,
         objective: Objective | None = None,
@@ -169,6 +185,7 @@ class TrainData:
           skip_samples: ranges (first, end) of sample numbers that are not trained on; later samples move up. A run may
             be given more of them than it began with, for samples it has not seen.
           block_tokens: what is shuffled; a multiple of every sequence_length, None for sequence_length.
+          curriculum: shorter sequences in the first steps, up to sequence_length.
           max_filled_share: refuse a batch of which more rows than this would be empty.
           num_prefetched: batches read ahead.
           objective: what is predicted from what (see objectives.py); None for CausalLM.
@@ -184,12 +201,36 @@ class TrainData:
         self._phases = (Phase(0, weights, temperature), *phases)
         self._skips = Skips.of(skip_samples)
         self._block_tokens = block_tokens or sequence_length
+        self._curriculum = curriculum
         self._num_prefetched = num_prefetched
         self.objective = objective or CausalLM()
+        self._check_curriculum()
+
+    def _check_curriculum(self) -> None:
+        curriculum = self._curriculum
+        if curriculum is None:
+            return
+        if curriculum.end != self.sequence_length:
+            raise BadInput(
+                f"LengthCurriculum.end={curriculum.end} must be TrainData.sequence_length={self.sequence_length}"
+            )
+        if any(phase.sequence_length for phase in self._phases):
+            raise BadInput("a curriculum and a phase with a sequence_length exclude each other")
+        if curriculum.mode == "phases" and self._block_tokens % curriculum.end:
+            raise BadInput(
+                f"TrainData.block_tokens={self._block_tokens} is no multiple of LengthCurriculum.end={curriculum.end}"
+            )
+        if curriculum.mode == "phases" and len(self._phases) > 1:
+            raise BadInput("TrainData.phases need LengthCurriculum.mode='truncate'")
+        if not isinstance(self.objective, CausalLM):
+            name = type(self.objective).__name__
+            raise BadInput(f"a curriculum is for CausalLM, not for TrainData.objective={name}")
 
     @property
     def sequence_lengths(self) -> set[int]:
-        """Of all phases."""
+        """Of all batches."""
+        if self._curriculum:
+            return {self.sequence_length, *self._curriculum.buckets}
         return {self.sequence_length} | {
             p.sequence_length for p in self._phases if p.sequence_length
         }
@@ -224,11 +265,14 @@ class TrainData:
         num_tokens = {
             name: store.num_tokens(lang, "train") for name, (store, lang) in sources.items()
         }
-        mixture = PhasedMixture(
-            stretches, num_tokens, seed=self.seed, block_tokens=self._block_tokens
-        )
+        order: Any = {"seed": self.seed, "block_tokens": self._block_tokens}
+        curriculum = self._curriculum
+        if curriculum and curriculum.mode == "phases":
+            mixture = curriculum.mixture(shares, num_tokens, **order)
+        else:
+            mixture = PhasedMixture(stretches, num_tokens, **order)
         return OpenTrainData(
-            first, sources, mixture, self._num_prefetched, self._skips, self.objective
+            first, sources, mixture, self._num_prefetched, self._skips, self.objective, curriculum
         )
 
 
@@ -311,6 +355,7 @@ class OpenTrainData:
       sources: store and language of each source of the mixture.
       sequence_length: of the first phase, and of evaluation.
       objective: of training and of evaluation.
+      curriculum: decides how much of a sample is seen; None for all.
     """
 
     def __init__(
@@ -321,13 +366,16 @@ class OpenTrainData:
         num_prefetched: int,
         skips: Skips = Skips(),  # noqa: B008 # immutable
         objective: Objective = CausalLM(),  # noqa: B008 # immutable
+        curriculum: LengthCurriculum | None = None,
     ):
         self.store = store
         self.objective = objective
         self.sources = sources
         self.mixture = mixture
-        self.kept = KeptSamples(mixture, skips)
-        self.sequence_length = mixture.stretches[0].sequence_length
+        self.curriculum = curriculum
+        self.skip(skips)
+        first_length = mixture.stretches[0].sequence_length
+        self.sequence_length = curriculum.end if curriculum else first_length
         self._num_prefetched = num_prefetched
         self._locate_block = functools.lru_cache(2)(functools.partial(_locate_block, mixture))
 
@@ -345,15 +393,27 @@ class OpenTrainData:
         } | identity(self.objective)
         if self.mixture.block_tokens != self.sequence_length:
             found["block_tokens"] = self.mixture.block_tokens
+        if self.curriculum:
+            found["curriculum"] = self.curriculum.identity()
+        if isinstance(self.mixture, CutMixture):
+            return found
         phases = phases_identity(self.mixture, self.kept.end(num_samples))
         for phase in phases:
             stores = {self.sources[name][0].fingerprint for name in phase["shares"]}
             phase["stores"] = sorted(stores - {self.store.fingerprint})
         return found | ({"phases": phases} if phases else {})
 
-    def check_phases(self, schedule: BatchSchedule, num_steps: int) -> list[str]:
-        """One line a phase. BadInput where a length changes in the middle of a step."""
+    def check_phases(
+        self, schedule: BatchSchedule, num_steps: int, num_rows: Callable[[int], int] = int
+    ) -> list[str]:
+        """One line a phase, and one of a curriculum, whose batches run as `num_rows` of their size. BadInput where a
+        length changes in the middle of a step."""
         lines = []
+        if self.curriculum:
+            self.curriculum.check(schedule)
+            lines = self.curriculum.lines(num_steps, num_rows)
+        if isinstance(self.mixture, CutMixture):
+            return lines
         stretches = self.kept.stretches
         for p, (before, phase) in enumerate(itertools.pairwise(stretches), 1):
             first = phase.first_sample
@@ -375,7 +435,8 @@ class OpenTrainData:
 
     def skip(self, skips: Skips) -> None:
         """Deletes these samples, and no others, from what `batches` will give."""
-        self.kept = KeptSamples(self.mixture, skips)
+        make = self.curriculum.kept if self.curriculum else KeptSamples
+        self.kept = make(self.mixture, skips)
 
     def without(self, first: int, num: int, schedule: BatchSchedule) -> Skips:
         """What is skipped when the samples at the positions [first, first + num) are deleted, too.
@@ -400,9 +461,40 @@ class OpenTrainData:
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of these samples, which have one length L, int32 [len(samples), L + 1]."""
+        if isinstance(self.mixture, CutMixture):
+            raise BadInput("the samples of a LengthCurriculum with mode='phases' differ in length")
         length = self.sequence_length_of(int(samples[0])) if len(samples) else self.sequence_length
-        rows = np.empty((len(samples), length + 1), np.int32)
-        source, window = self._locate(np.asarray(samples))
+        return self._read(*self._locate(np.asarray(samples)), length)
+
+    def rows_of_step(self, step: int, samples: np.ndarray) -> list[np.ndarray]:
+        """What `step` sees of these samples of it: of each int32 [its length + 1]."""
+        if isinstance(self.mixture, CutMixture):
+            return self.cut_rows(samples)
+        rows = self.rows(samples)
+        return list(rows[:, : self.curriculum.length(step) + 1] if self.curriculum else rows)
+
+    def cut_rows(self, samples: np.ndarray) -> list[np.ndarray]:
+        """Tokens of these samples, each int32 [its length + 1]."""
+        if not isinstance(self.mixture, CutMixture):
+            return list(self.rows(samples))
+        source, start = self._locate(np.asarray(samples))
+        length = self.sequence_length
+        window, offset = np.divmod(start, length)
+        end = offset + self.mixture.sizes(samples, start)
+        rows = list(self._read(source, window, length))
+        more = np.flatnonzero(
+            end > length
+        )  # those that reach into the next window, of the same block
+        following = self._read(source[more], window[more] + 1, length)
+        for row, tokens in zip(more.tolist(), following, strict=True):
+            rows[row] = np.concatenate([rows[row], tokens[1:]])
+        return [
+            row[a : b + 1] for row, a, b in zip(rows, offset.tolist(), end.tolist(), strict=True)
+        ]
+
+    def _read(self, source: np.ndarray, window: np.ndarray, length: int) -> np.ndarray:
+        """These windows of `length` tokens, int32 [len(window), length + 1]."""
+        rows = np.empty((len(window), length + 1), np.int32)
         order = np.argsort(source, kind="stable")
         numbers, firsts = np.unique(source[order], return_index=True)
         cuts = [*firsts.tolist(), len(order)]
@@ -428,15 +520,27 @@ class OpenTrainData:
     ) -> Batch:
         """The batch of `step` (1-based), filled with rows of weight 0 to `num_rows` of its size."""
         samples = self.samples_of(step, schedule)
-        mine = host_rows(num_rows(len(samples)), mesh)
+        return self.batch_of(step, samples, mesh, num_rows(len(samples)))
+
+    def batch_of(self, step: int, samples: np.ndarray, mesh: Mesh, num_rows: int) -> Batch:
+        """Row i holds samples[i], which is one of `step`, and has weight 0 where that is below 0 or missing."""
+        mine = host_rows(num_rows, mesh)
         mine = mine[mine < len(samples)]
-        tokens = dict(zip(mine.tolist(), self.rows(samples[mine]), strict=True))
-        length = self.sequence_length_of(int(samples[0]))
-        keys = sample_keys(samples, tokens)
-        return put_batch(tokens, num_rows(len(samples)), length + 1, mesh, self.objective, keys)
+        mine = mine[samples[mine] >= 0]
+        tokens = dict(zip(mine.tolist(), self.rows_of_step(step, samples[mine]), strict=True))
+        length = self.sequence_length_of(int(samples[samples >= 0][0]))
+        if self.curriculum is None:
+            keys = sample_keys(samples, tokens)
+            return put_batch(tokens, num_rows, length + 1, mesh, self.objective, keys)
+        if not isinstance(self.mixture, CutMixture):
+            length = self.curriculum.length(step)
+        bucket = self.curriculum.bucket(length)
+        return put_batch(tokens, num_rows, bucket + 1, mesh, is_padded=True)
 
     def first_step_like(self, step: int, schedule: BatchSchedule) -> int:
-        """The first step of the phase that `step` (1-based) belongs to."""
+        """The first step of the phase that `step` (1-based) belongs to; one more step of a curriculum is no phase."""
+        if isinstance(self.mixture, CutMixture):
+            return 1
         before = schedule.samples_after(step - 1)
         stretches = self.kept.stretches
         first = max(s.first_sample for s in stretches if s.first_sample <= before)

@@ -78,11 +78,11 @@ def flops_per_token(
     emb_dim: int,
     num_layers: int,
     mlp_dim: int,
-    sequence_length_tokens: int,
+    sequence_length_tokens: float,
     num_mlp_inputs: int = 1,
     **other_params: int,
 ) -> FlopCount:
-    """FLOPs to train on one token of a sequence of `sequence_length_tokens`.
+    """FLOPs to train on one token of a sequence of `sequence_length_tokens`, or of that many in the mean.
 
     `other_params` are those of `num_params` that are in no matrix product: six_n counts them.
 

@@ -5,14 +5,15 @@ runs with different vocabularies.
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from bloomjax.phases import PhasedMixture, Stretch
+from bloomjax.phases import PhasedMixture
 from bloomjax.skips import KeptSamples
 from bloomjax.token_store import TRAIN, VALIDATION, TokenStore
 from bloomjax.vocabulary import Vocabulary
@@ -83,39 +84,25 @@ def num_text_bytes(store: TokenStore, language: str, split: str) -> int:
     return store.manifest["languages"][language]["splits"][split]["num_bytes"]
 
 
-def tokens_seen(mixture: Mixture, num_samples: int) -> dict[str, int]:
-    """Tokens of each source among the first `num_samples` samples."""
-    found = dict.fromkeys(mixture.names, 0)
-    for stretch, first, last in _parts(mixture, num_samples):
-        before, after = mixture.counts(first), mixture.counts(last)
-        for name in found:
-            found[name] += (after[name] - before[name]) * stretch.sequence_length
-    return found
-
-
 def declared_shares(mixture: Mixture, num_samples: int) -> dict[str, float]:
     """Token share of each source as declared; with several phases the mean over the tokens of `num_samples` samples."""
-    parts = list(_parts(mixture, max(num_samples, 1)))
-    total = sum((last - first) * stretch.sequence_length for stretch, first, last in parts)
+    num_samples = max(num_samples, 1)
+    firsts = [min(stretch.first_sample, num_samples) for stretch in mixture.stretches]
+    ends = [mixture.tokens_after(num) for num in (*firsts[1:], num_samples)]
+    parts = [b - a for a, b in itertools.pairwise([0, *ends])]
     return {
         name: math.fsum(
-            (last - first) * stretch.sequence_length / total * stretch.shares.get(name, 0.0)
-            for stretch, first, last in parts
+            tokens / ends[-1] * stretch.shares.get(name, 0.0)
+            for stretch, tokens in zip(mixture.stretches, parts, strict=True)
         )
         for name in mixture.names
     }
 
 
-def _parts(mixture: Mixture, num_samples: int) -> Iterator[tuple[Stretch, int, int]]:
-    """Each phase with the samples [first, last) of the first `num_samples` that are its own."""
-    firsts = [min(stretch.first_sample, num_samples) for stretch in mixture.stretches]
-    yield from zip(mixture.stretches, firsts, [*firsts[1:], num_samples], strict=True)
-
-
 def epochs_seen(mixture: Mixture, sources: Sources, num_samples: int) -> dict[str, float]:
     """How often the training text of each source was seen after `num_samples` samples."""
     found = {}
-    for name, tokens in tokens_seen(mixture, num_samples).items():
+    for name, tokens in mixture.tokens_by_source(num_samples).items():
         store, language = sources[name]
         block = mixture.block_tokens
         found[name] = tokens / (store.num_windows(language, TRAIN, block) * block)

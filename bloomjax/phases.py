@@ -137,6 +137,18 @@ class PhasedMixture:
             total += num * stretch.sequence_length
         return total
 
+    def tokens_by_source(self, num_samples: int) -> dict[str, int]:
+        """Tokens of each source predicted in the first `num_samples` samples."""
+        found = dict.fromkeys(self.names, 0)
+        firsts = [min(stretch.first_sample, num_samples) for stretch in self.stretches]
+        for stretch, first, last in zip(
+            self.stretches, firsts, [*firsts[1:], num_samples], strict=True
+        ):
+            before, after = self.counts(first), self.counts(last)
+            for name in found:
+                found[name] += (after[name] - before[name]) * stretch.sequence_length
+        return found
+
     def chain(self, value: int, first_sample: int, num_samples: int) -> int:
         """The hash chain after `num_samples` more samples, 64 bits; it does not depend on how they were batched.
 

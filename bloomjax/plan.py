@@ -202,11 +202,12 @@ def _setup() -> Any:
     phases = _optional("TrainData.phases") or ()
     changes = [(p.first_sample, p.sequence_length) for p in phases if p.sequence_length]
     stretches = ((0, config.build("TrainData.sequence_length")), *changes)
+    curriculum = _optional("TrainData.curriculum")
     return Setup(
         model=config.build("train.model"), optimizer=config.build("train.optimizer"),
         mesh=config.build("train.mesh"), step=config.build("train.step"), batch_schedule=schedule,
         num_steps=num_steps, sequence_length=max(length for _, length in stretches),
-        max_filled_share=0.5 if share is None else share, stretches=stretches,
+        max_filled_share=0.5 if share is None else share, stretches=stretches, curriculum=curriculum,
         is_guarded=_optional("Health.guard") is not None,
         objective=_optional("TrainData.objective") or CausalLM(),
     )  # fmt: skip

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType
 
 from bloomjax import energy, flops, hlo, jaxpr_flops, preflight, roofline, train_state, train_step
+from bloomjax.curriculum import LengthCurriculum
 from bloomjax.data import check_filled_shares
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
@@ -49,10 +50,14 @@ class Setup:
     ] = ()  # first sample and sequence length; () for one length
     objective: Objective = CausalLM()
 
+    curriculum: LengthCurriculum | None = None
+
     @property
     def planned_tokens(self) -> int:
         """Of the whole run."""
         num_samples = self.batch_schedule.samples_after(self.num_steps)
+        if self.curriculum:
+            return self.curriculum.tokens_after(num_samples)
         stretches = self.stretches or ((0, self.sequence_length),)
         ends = [first for first, _ in stretches[1:]] + [num_samples]
         return sum(
@@ -135,7 +140,11 @@ class _Plan:
     def __init__(self, setup: Setup, target: Target, assumptions: Assumptions, mesh: Any):
         self.setup, self.target, self.assumptions, self.mesh = setup, target, assumptions, mesh
         self.limit_bytes = target.memory_limit_bytes
-        preflight.check_model(setup.model, mesh, [setup.sequence_length])
+        curriculum, lengths = setup.curriculum, {setup.sequence_length}
+        if curriculum:
+            curriculum.check(setup.batch_schedule)
+            lengths |= {*curriculum.buckets}
+        preflight.check_model(setup.model, mesh, lengths)
         check_kernel_of(target, setup.model)
         num_rows = functools.partial(setup.step.num_rows, mesh=mesh)
         check_filled_shares(setup.batch_schedule, setup.num_steps, num_rows, setup.max_filled_share)
@@ -143,8 +152,13 @@ class _Plan:
         self.num_microbatches = setup.step.num_microbatches(self.num_rows // num_batch_shards(mesh))
         self.state = train_state.abstract_state(setup.model, setup.optimizer, mesh)
         self.batch = train_step.abstract_batch(
-            self.num_rows, setup.sequence_length, mesh, setup.objective
+            self.num_rows,
+            setup.sequence_length,
+            mesh,
+            setup.objective,
+            is_padded=curriculum is not None,
         )
+        self.curriculum = curriculum.lines(setup.num_steps, num_rows) if curriculum else []
         self.compiled: dict[str, Any] = {}
         self.program: hlo.Program | None = None
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -203,6 +217,7 @@ class _Plan:
             "num_rows": self.num_rows,
             "num_microbatches": self.num_microbatches,
             "sequence_length_tokens": setup.sequence_length,
+            "curriculum": self.curriculum,
             "remat_policy": c.remat_policy,
             "attention_kernel": c.attention_kernel,
             "compile_seconds": self.compiled.get("seconds"),

@@ -59,6 +59,7 @@ def _head(found: dict[str, Any]) -> list[str]:
         f"{size} parameters, mesh {mesh}; batch {batch:,} x {found['sequence_length_tokens']:,} "
         f"tokens{filled} in {micro} microbatch{'es' * (micro > 1)}; remat {found['remat_policy']}, "
         f"attention {found['attention_kernel']}",
+        *(f"{line}; what follows is of the longest" for line in found["curriculum"]),
     ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from bloomjax.data import OpenTrainData
 from bloomjax.doremi import DomainWeights
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
+from bloomjax.objectives import CausalLM
 from bloomjax.train_step import Batch, StepOptions, row_losses
 
 
@@ -59,6 +60,10 @@ class DoReMi:
 
         BadInput if there is none, it is damaged, of another model or vocabulary, or if the mixture changes on the way.
         """
+        if data.curriculum or not isinstance(data.objective, CausalLM):
+            raise BadInput(
+                "DoReMi weighs whole samples of CausalLM: no TrainData.curriculum, no other TrainData.objective"
+            )
         if len(data.mixture.stretches) > 1:
             raise BadInput(
                 f"DoReMi weighs the languages of one phase; TrainData.phases has "

@@ -270,9 +270,10 @@ class Run:
             return
         if self.step == 0:
             screen.print_parameters(state.params)
+        size = self._batch_schedule.batch_size(self.step + 1)
         screen.print_step_size(
-            self._num_devices, self._device_kind, len(processes), self._batch_schedule.batch_size(self.step + 1),
-            self._length_at(samples), self._flops_per_token,
+            self._num_devices, self._device_kind, len(processes), size, self._tokens_of(samples, size),
+            self._flops_per_token,
         )  # fmt: skip
         for line in filled:
             print(line)
@@ -390,10 +391,10 @@ class Run:
         self._judge(record, is_taken)
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        length = self._length_at(record["samples"] - 1)
-        rate = record["batch_size"] * length / seconds
+        num_tokens = self._tokens_of(record["samples"] - record["batch_size"], record["batch_size"])
+        rate = num_tokens / seconds
         peak = flops.peak_flops_per_second(self._device_kind)
-        flops_per_token = self._flops_per_token_of(length).causal
+        flops_per_token = self._flops_per_token_of(num_tokens / record["batch_size"]).causal
         mfu = flops.mfu(rate * flops_per_token, 1.0, self._num_devices, peak)
         record |= {
             "tokens_per_second": round(rate, 1),
@@ -682,14 +683,15 @@ class Run:
         self._clock += gone
         self._host_clock += gone
 
-    def _length_at(self, position: int) -> int:
-        """Tokens of the sample at this position."""
-        return self._data.sequence_length_of(int(self._data.kept.samples(position, 1)[0]))
+    def _tokens_of(self, first: int, num: int) -> int:
+        """Tokens predicted in the samples at the positions [first, first + num)."""
+        tokens_after = self._data.kept.tokens_after
+        return tokens_after(first + num) - tokens_after(first)
 
     def _num_params(self) -> int:
         return flops.num_params(**self._model.config.shape)
 
-    def _flops_per_token_of(self, sequence_length: int) -> flops.FlopCount:
+    def _flops_per_token_of(self, sequence_length: float) -> flops.FlopCount:
         shape = self._model.config.shape
         return flops.flops_per_token(**shape, sequence_length_tokens=sequence_length)
 

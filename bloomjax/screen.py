@@ -21,13 +21,13 @@ def print_step_size(
     device_kind: str,
     num_processes: int,
     batch_size: int,
-    length: int,
+    num_tokens: int,
     count: flops.FlopCount,
 ) -> None:
     """What a step is: devices, tokens, FLOPs."""
     spread = f" in {num_processes} processes" if num_processes > 1 else ""
     print(
-        f"{num_devices} x {device_kind}{spread}; batch {batch_size} samples = {batch_size * length:,} tokens a step; "
+        f"{num_devices} x {device_kind}{spread}; batch {batch_size} samples = {num_tokens:,} tokens a step; "
         f"{count.causal:,.0f} FLOPs a token (causal), {count.megatron_model:,.0f} (Megatron), {count.six_n:,.0f} (6N)"
     )
 

@@ -106,6 +106,15 @@ class KeptSamples:
         skipped = self.skips.below(end).ranges
         return tokens(end) - sum(tokens(b) - tokens(a) for a, b in skipped)
 
+    def tokens_by_source(self, num: int) -> dict[str, int]:
+        """Tokens of each source predicted in the first `num` samples."""
+        end, tokens = self.end(num), self._mixture.tokens_by_source
+        found = tokens(end)
+        for first, last in self.skips.below(end).ranges:
+            before, after = tokens(first), tokens(last)
+            found = {name: n - (after[name] - before[name]) for name, n in found.items()}
+        return found
+
     def chain(self, value: int, first: int, num: int) -> int:
         """PhasedMixture.chain over the positions [first, first + num)."""
         for sample, count in self.skips.runs(first, num):

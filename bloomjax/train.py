@@ -103,7 +103,7 @@ def train(
     if prepare is not None and (code := prepare_if_needed(train_data.store_dir, text_dir)):
         return code  # it has said why
     data = train_data.open()
-    filled += data.check_phases(batch_schedule, num_steps)
+    filled += data.check_phases(batch_schedule, num_steps, num_rows)
     vocabulary = open_matching_vocabulary(vocabulary_path, data, model)
     eval_batches = list(eval_data.batches(data, device_mesh))
 

@@ -26,7 +26,7 @@ from bloomjax.optimizer import SkippingTransformation
 from bloomjax.train_state import TrainState, init_state, state_of
 
 # tokens: int32 [B, L + 1]; weights: float32 [B], 0 for rows that only fill the mesh, else mostly 1 (reweighting.py);
-# and what an objective adds, [B, L].
+# token_weights, where tokens of a row weigh differently: float32 [B, L]; and what else an objective adds, [B, L].
 Batch = dict[str, Any]
 
 
@@ -67,11 +67,17 @@ class StepOptions:
 
 
 def abstract_batch(
-    num_rows: int, sequence_length: int, mesh: Mesh, objective: Objective = CausalLM()  # noqa: B008
-) -> Batch:  # fmt: skip
-    """Shapes and shardings of a batch."""
+    num_rows: int,
+    sequence_length: int,
+    mesh: Mesh,
+    objective: Objective = CausalLM(),  # noqa: B008 # immutable
+    is_padded: bool = False,
+) -> Batch:
+    """Shapes and shardings of a batch. In padded ones each token has a weight."""
     rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
     like = filling(objective, sequence_length) | {"weights": np.float32(0)}
+    if is_padded:
+        like["token_weights"] = np.zeros(sequence_length, np.float32)
     return {
         name: jax.ShapeDtypeStruct((num_rows, *a.shape), a.dtype, sharding=rows)
         for name, a in like.items()

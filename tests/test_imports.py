@@ -73,7 +73,7 @@ LAYERS = (
         "doremi",
         "objectives",
     },
-    {"hf"},
+    {"hf", "curriculum"},
     {"task_text", "prepare_pool", "prepare_beam", "prepare_shards"},
     {"prefix_cache", "task_presets"},
     {"decoding", "hf_tokenizer", "vocabulary_report", "language_report"},

@@ -186,7 +186,7 @@ def test_tokens_and_epochs_against_every_sample(store):
     for num_samples in (0, 1, 40, 41, 333):
         source, _, _ = mixed.locate(np.arange(num_samples))
         lengths = np.where(np.arange(num_samples) < 40, 4, 8)
-        seen = language_report.tokens_seen(mixed, num_samples)
+        seen = mixed.tokens_by_source(num_samples)
         epochs = language_report.epochs_seen(mixed, sources, num_samples)
         shares = language_report.declared_shares(mixed, num_samples)
         assert sum(seen.values()) == mixed.tokens_after(num_samples)

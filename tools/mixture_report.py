@@ -82,13 +82,13 @@ def make_report() -> Report:
             notes.append(f"declared, but not in the store: {', '.join(absent)}")
     sources = {name: (data.store, name) for name in data.store.languages} | dict(data.sources)
     found = language_report.rows(
-        language_report.declared_shares(data.mixture, num_samples),
+        language_report.declared_shares(data.kept, num_samples),
         describe(),
         sources=sources,
         vocabulary=_vocabulary(data.store, notes),
-        epochs=language_report.epochs_seen(data.mixture, data.sources, num_samples),
+        epochs=language_report.epochs_seen(data.kept, data.sources, num_samples),
     )
-    num_tokens = data.mixture.tokens_after(num_samples)
+    num_tokens = data.kept.tokens_after(num_samples)
     return Report(found, num_samples, length, num_tokens, store_dir, notes)
 
 

@@ -35,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import bloomjax
 from bloomjax import config, job, partitioning
 from bloomjax.checkpoints import Checkpoints
-from bloomjax.data import OpenTrainData, host_rows, put_batch, sample_keys
+from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
 from bloomjax.fault import Fault
 from bloomjax.guard import SpikeGuard
@@ -334,15 +334,9 @@ class Replay:
 
     # The last step.
 
-    def _batch_of(self, samples: np.ndarray, num_rows: int) -> Batch:
+    def _batch_of(self, step: int, samples: np.ndarray, num_rows: int) -> Batch:
         """Row i holds samples[i]; it fills the mesh where that is below 0."""
-        mine = host_rows(num_rows, self.mesh)
-        mine = mine[mine < len(samples)]
-        mine = mine[samples[mine] >= 0]
-        tokens = dict(zip(mine.tolist(), self.data.rows(samples[mine]), strict=True))
-        length = self.data.sequence_length_of(int(samples[samples >= 0][0]))
-        keys = sample_keys(samples, tokens)
-        batch = put_batch(tokens, num_rows, length + 1, self.mesh, self.data.objective, keys)
+        batch = self.data.batch_of(step, samples, self.mesh, num_rows)
         return self.fault.on_batch(batch, samples) if self.fault else batch
 
     def check_in_step(self, step: int, left_out: set[int]) -> None:
@@ -365,7 +359,7 @@ class Replay:
             out_shardings=NamedSharding(self.mesh, PartitionSpec()),
             compiler_options=dict(self.options.compiler_options or {}) or None,
         )
-        batch = self._batch_of(kept, self.options.num_rows(len(samples), self.mesh))
+        batch = self._batch_of(step, kept, self.options.num_rows(len(samples), self.mesh))
         return _numbers(program(state, batch, *self.arguments(step)))
 
     def worst(self, state: Any, step: int, num: int) -> list[dict[str, Any]]:
@@ -383,7 +377,7 @@ class Replay:
         losses: list[float] = []
         for first in range(0, len(samples), num_rows):
             part = samples[first : first + num_rows]
-            batch = self._batch_of(part, num_rows)
+            batch = self._batch_of(step, part, num_rows)
             losses += np.asarray(program(state.params, batch))[: len(part)].tolist()
         order = sorted(
             range(len(losses)),

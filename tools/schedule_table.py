@@ -3,7 +3,9 @@
     python tools/schedule_table.py --gin_file=176b.gin --steps=1,100,12695
 
 One JSON object a line: `step`, `batch_size` (samples that step takes), then `samples`, `tokens`
-and `learning_rate` after it, which is how BLOOM's logs count.
+and `learning_rate` after it, which is how BLOOM's logs count. With a curriculum also `length`, the
+tokens that step sees of each sample, and `padded_length`, those of its batch; where it cuts its
+samples (mode "phases") the last of each block is shorter, so there are `tokens_at_most`.
 """
 
 import json
@@ -13,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from bloomjax import config
+from bloomjax.curriculum import LengthCurriculum
 from bloomjax.errors import BadInput
 from bloomjax.schedules import BatchSchedule
 
@@ -25,17 +28,20 @@ def schedule_table(
     learning_rate: Callable[[int], float],
     sequence_length: int,
     steps: Iterable[int],
+    curriculum: LengthCurriculum | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row for each of `steps`; `learning_rate` is a function of consumed samples."""
     for step in steps:
         samples = batch_schedule.samples_after(step)
-        yield {
-            "step": step,
-            "batch_size": batch_schedule.batch_size(step),
-            "samples": samples,
-            "tokens": samples * sequence_length,
-            "learning_rate": learning_rate(samples),
-        }
+        row: dict[str, Any] = {"step": step, "batch_size": batch_schedule.batch_size(step)}
+        tokens = samples * sequence_length
+        if curriculum:
+            row["length"] = curriculum.length(step)
+            row["padded_length"] = curriculum.bucket(row["length"])
+            tokens = curriculum.tokens_after(samples)
+        is_cut = curriculum is not None and curriculum.mode == "phases"
+        name = "tokens_at_most" if is_cut else "tokens"
+        yield row | {"samples": samples, name: tokens, "learning_rate": learning_rate(samples)}
 
 
 def parse_steps(text: str) -> list[int]:
@@ -50,6 +56,15 @@ def parse_steps(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def _curriculum() -> LengthCurriculum | None:
+    try:
+        return config.build("TrainData.curriculum")
+    except BadInput as error:
+        if str(error).endswith("does not bind TrainData.curriculum"):
+            return None
+        raise
+
+
 def main() -> None:
     steps = parse_steps(_STEPS.value or "")
     rows = schedule_table(
@@ -57,6 +72,7 @@ def main() -> None:
         config.build("train.learning_rate"),
         config.build("TrainData.sequence_length"),
         steps,
+        _curriculum(),
     )
     for row in rows:
         print(json.dumps(row))

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 
 from bloomjax import config
+from bloomjax.curriculum import CutMixture
 from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
 from bloomjax.position import read_skipped
@@ -33,9 +34,9 @@ def describe(data: OpenTrainData, vocabulary: Vocabulary, sample: int) -> dict[s
     source, epoch, window = (int(column[0]) for column in data.mixture.locate(np.array([sample])))
     name = data.mixture.names[source]
     store, language = data.sources[name]
-    length = data.sequence_length_of(sample)
-    start = window * length
-    ids = data.rows(np.array([sample]))[0]
+    ids = data.cut_rows(np.array([sample]))[0]
+    length = len(ids) - 1
+    start = window if isinstance(data.mixture, CutMixture) else window * length
     ends = store.read_document_ends(language, "train").astype(np.int64)
     first = int(np.searchsorted(ends, start, side="right"))
     inside = ends[(ends > start) & (ends < start + length + 1)] - start
