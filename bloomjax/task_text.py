@@ -153,7 +153,7 @@ def find_languages(task_module: str, name: str, text_dir: str | None) -> list[La
         }:
             features = ", ".join(task.output_features)
             raise BadInput(
-                f"{task.name} has no feature 'text' of raw text, nor 'inputs' and 'targets'; it has: {features}"
+                f"{task.name} has no feature 'text' of raw text; it has: {features} ('inputs' and 'targets' do, too)"
             )
     languages = [Language.of(task) for task in tasks]
     _check_separate(languages)
