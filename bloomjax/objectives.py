@@ -262,7 +262,7 @@ class InputsTargets(Objective):
 
 def filling(objective: Objective, length: int) -> Row:
     """A row of `length` tokens to predict that weighs nothing, as all rows of a batch are that only fill the mesh."""
-    row = {name: np.zeros(length, _DTYPES[name]) for name in objective.arrays}
+    row: Row = {name: np.zeros(length, _DTYPES[name]) for name in objective.arrays}
     if "last_key" in row:
         row["last_key"] = np.arange(length, dtype=np.int32)
     return {"tokens": np.zeros(length + 1, np.int32), **row}

@@ -57,7 +57,7 @@ class Language:
     def of(cls, task: Any) -> "Language":
         """Finds the files of a Task of bloomjax.tasks; other Tasks have none."""
         text = getattr(task.source, "language_text", None)
-        has_targets = "text" not in task.output_features
+        has_targets = "text" not in getattr(task, "output_features", ("text",))
         if text is None:
             return cls(task.name.rsplit(".", 1)[-1], task, has_targets=has_targets)
         files = tuple(map(str, text.files))
@@ -153,7 +153,7 @@ def find_languages(task_module: str, name: str, text_dir: str | None) -> list[La
         }:
             features = ", ".join(task.output_features)
             raise BadInput(
-                f"{task.name} has no feature 'text' of raw text, nor 'inputs' and 'targets'; it has: {features}"
+                f"{task.name} has no feature 'text' of raw text; it has: {features} ('inputs' and 'targets' do, too)"
             )
     languages = [Language.of(task) for task in tasks]
     _check_separate(languages)
