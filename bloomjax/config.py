@@ -168,8 +168,8 @@ def combined(
     bindings: Sequence[str] = (),
     configurables: Configurables = CONFIGURABLES,
 ) -> str:
-    """The gin files of this process's flags, then `gin_files`, its bindings and `bindings` ("NAME = VALUE"), as the text
-    of one gin file that runs alone, wherever it lies.
+    """The gin files of this process's flags, then `gin_files`, its bindings and `bindings` ("NAME = VALUE"), as the
+    text of one gin file that runs alone, wherever it lies.
 
     Nothing is built. Raises BadInput for what the verb `name` would refuse.
     """

@@ -3,9 +3,9 @@
     python tools/ablate.py --gin_file=tiny.gin --gin_file=text_files.gin --gin.TEXT_DIR="'my_text'" \\
         --overlays=ablations/alibi.gin,ablations/learned.gin,ablations/rotary.gin --seeds=1,2 --out=runs/positions
 
-Runs go one after the other, each a `python -m bloomjax.train` of its own with OUT/NAME-SEED.gin, MODEL_DIR OUT/NAME-SEED
-and log OUT/NAME-SEED.log. The same command goes on where it was ended; a finished run is not started again, and more
-overlays or seeds may be added. `a.gin+b.gin` is two overlays at once, `base` none.
+Runs go one after the other, each a `python -m bloomjax.train` of its own with OUT/NAME-SEED.gin, MODEL_DIR
+OUT/NAME-SEED and log OUT/NAME-SEED.log. The same command goes on where it was ended; a finished run is not started
+again, and more overlays or seeds may be added. `a.gin+b.gin` is two overlays at once, `base` none.
 
 Written at the end: OUT/table.md, OUT/results.json, OUT/plot.png. Results of `python -m bloomjax.evaluate --tasks` as
 JSON in the folder of each run are rows of the table, too, with the next start of this command. --lengths=1,2 adds the
@@ -15,6 +15,7 @@ held-out loss in windows of so many times the training length.
 import dataclasses
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -144,12 +145,15 @@ def _train(run: Run) -> None:
     """One run, from its last checkpoint on if it has one."""
     with _log(run).open("ab") as log:
         process = subprocess.Popen(_command(run), stdout=log, stderr=subprocess.STDOUT)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_RESTART))
         try:
             code = process.wait()
         except BaseException:
             process.terminate()  # it saves, and the next start goes on from there
             process.wait()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if code == 0:
         return
     lines = _log(run).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["(no output)"]  # fmt: skip

@@ -116,7 +116,8 @@ def _length(text: str, tokens: int) -> dict[str, Any]:
     """Bindings of a run of about `tokens` tokens, its warm-up and cosine scaled as it is."""
     batches, rate, length, *old = _build(
         text,
-        ["train.batch_schedule", "train.learning_rate", "TrainData.sequence_length", "train.train_steps", "train.train_samples"],
+        ["train.batch_schedule", "train.learning_rate", "TrainData.sequence_length", "train.train_steps",
+         "train.train_samples"],
     )  # fmt: skip
     assert isinstance(batches, BatchSchedule) and isinstance(rate, CosineSchedule)
     num_steps = batches.steps_within(tokens // length)

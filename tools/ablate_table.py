@@ -266,9 +266,9 @@ def remarks(results: Mapping[str, Sequence[Result]], found: Sequence[Row]) -> li
         freedom = pooled_deviation(loss.groups)[1]
         tested = sum(row.is_tested for row in found)
         lines.append(
-            f"Noise: Tukey's test of all pairs, two-sided, {LEVEL:.0%} for the pairs of a row together, with a deviation "
+            f"Noise: Tukey's test of all pairs, two-sided, {LEVEL:.0%} for the pairs of a row together, the deviation "
             f"pooled over the overlays ({freedom} degrees of freedom). With these seeds it sees differences of the "
-            f"held-out loss from {verdict.smallest:.4f} nats on; a smaller one may be real. Each of the {tested} rows is "
+            f"held-out loss from {verdict.smallest:.4f} nats on; a smaller one may be real. Each of {tested} rows is "
             f"tested by itself, so about {LEVEL * tested:.0f} differ by chance. Other text and another order would add "
             "noise that no row shows."
         )
