@@ -82,11 +82,14 @@ def plan(
     `tokens` is the length of each with a cosine as long; None for that of the gin files. BadInput where an overlay
     changes the data.
     """
-    length = {} if tokens is None else _length(config.combined("train"), tokens)
-    data_seed = _build(config.combined("train"), ["train.train_data"])[0].seed
-    shared = {**length, "TrainData.seed": data_seed, "train.sample_prompts": ()}
-    # The first start has made the store.
-    shared |= {"train.prepare": None, "train.text_dir": None}
+    # The store is made before the first of them.
+    shared: dict[str, Any] = {
+        "train.model_dir": str(folder), "train.sample_prompts": (), "train.prepare": None, "train.text_dir": None,
+    }  # fmt: skip
+    text = config.combined("train", bindings=_bindings(shared))
+    if tokens is not None:
+        shared |= _length(text, tokens)
+    shared["TrainData.seed"] = _build(text, ["train.train_data"])[0].seed
     base = _build(config.combined("train", bindings=_bindings(shared)), _DATA)
     runs = []
     for name, files in overlays.items():

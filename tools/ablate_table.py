@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import scaling_collect
 from scipy import stats
 
@@ -17,6 +16,7 @@ from bloomjax import config, flops
 from bloomjax.errors import BadInput
 
 LEVEL = 0.05
+_ROUNDING = 1e-9  # of losses in nats
 # Of a task of the language-model evaluation harness, the first that it has.
 _METRICS = ("acc", "acc_norm", "exact_match", "em", "f1")
 
@@ -90,8 +90,9 @@ def judge(groups: Mapping[str, Sequence[float]]) -> Verdict:
         (a, b) if means[a] <= means[b] else (b, a) for a, b in itertools.combinations(names, 2)
     ]
     deviation, freedom = pooled_deviation(groups)
-    if deviation == 0:  # as of a model without any randomness
-        return Verdict({(a, b): float(means[a] == means[b]) for a, b in pairs}, 0.0)
+    if deviation < _ROUNDING:  # as where nothing is drawn from a seed
+        p = {(a, b): float(means[b] - means[a] < _ROUNDING) for a, b in pairs}
+        return Verdict(p, 0.0)
     found = stats.tukey_hsd(*groups.values()).pvalue
     p = {(a, b): float(found[names.index(a), names.index(b)]) for a, b in pairs}
     limit = stats.studentized_range.ppf(1 - LEVEL, len(names), freedom)
@@ -231,15 +232,13 @@ def change_words(name: str, tokens: str, found: Sequence[Result]) -> str:
     said = lengths["lengths"][tokens]
     if isinstance(said, str):
         return f"{name}: no loss at {tokens} tokens: {said}"
-    changes = np.array([change_at(each, tokens) for each in found], float)
-    mean = float(changes.mean())
+    changes = [change for each in found if (change := change_at(each, tokens)) is not None]
+    mean = statistics.fmean(changes)
     line = f"{name}: {mean:+.4f} nats at {int(tokens) / lengths['training_length']:g} times the training length"
     if len(changes) < 2:
         return f"{line} (one seed: no test)"
-    if changes.std() == 0:
-        p = float(mean == 0)
-    else:
-        p = float(stats.ttest_1samp(changes, 0.0).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+    error = max(statistics.stdev(changes), _ROUNDING) / math.sqrt(len(changes))
+    p = float(2 * stats.t.sf(abs(mean) / error, len(changes) - 1))
     if p >= LEVEL:
         word = "within noise"
     else:
