@@ -97,7 +97,8 @@ def plan(
             own = shared | {"train.seed": seed, "train.model_dir": str(folder / f"{name}-{seed}")}
             text = config.combined("train", files, _bindings(own))
             if seed == seeds[0]:
-                _check_data(name, base, _build(text, _DATA))
+                *found, _ = _build(text, [*_DATA, "train.model"])  # that it is one
+                _check_data(name, base, found)
             head = f"# {' and '.join(files) or 'No overlay'}, initial weights and dropout of seed {seed}.\n"
             runs.append(Run(name, seed, folder, head + text))
     return runs
