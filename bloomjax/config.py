@@ -8,6 +8,7 @@ the rest with a traceback. Here each mistake is one line, found before anything 
 private parts of gin, which is why pyproject.toml pins that release (the last one, of 2021).
 """
 
+import contextlib
 import copy
 import difflib
 import importlib
@@ -147,10 +148,7 @@ def build(
     Without `gin_file` it takes the files and bindings of this process's flags. Nothing else is
     built, and gin's configuration is afterwards what it was. Raises BadInput.
     """
-    stores: list[Any] = [gin_config._CONFIG, gin_config._OPERATIVE_CONFIG, gin_config._IMPORTS]
-    stores += [_SOURCES, _MENTIONED]
-    kept = [store.copy() for store in stores]
-    try:
+    with _kept():
         if gin_file is None:
             _parse(_GIN_FILE.value, [*_GIN_BINDINGS.value, *bindings], configurables)
         else:
@@ -164,6 +162,36 @@ def build(
         reach.value(key)
         _check(reach)
         return copy.deepcopy(_value(key))  # gin evaluates a reference when it is copied
+
+
+def combined(
+    name: str,
+    gin_files: Sequence[str | Path] = (),
+    bindings: Sequence[str] = (),
+    configurables: Configurables = CONFIGURABLES,
+) -> str:
+    """The gin files of this process's flags, then `gin_files`, its bindings and `bindings` ("NAME = VALUE"), as the
+    text of one gin file that runs alone, wherever it lies.
+
+    Nothing is built. Raises BadInput for what the verb `name` would refuse.
+    """
+    with _kept():
+        files = [*_GIN_FILE.value, *map(str, gin_files)]
+        _parse(files, [*_GIN_BINDINGS.value, *bindings], configurables)
+        reach = _Reach()
+        reach.call(_configurable(name))
+        _check(reach)
+        return operative_config()
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """gin's configuration is afterwards what it was."""
+    stores: list[Any] = [gin_config._CONFIG, gin_config._OPERATIVE_CONFIG, gin_config._IMPORTS]
+    stores += [_SOURCES, _MENTIONED]
+    kept = [store.copy() for store in stores]
+    try:
+        yield
     finally:
         for store, content in zip(stores, kept, strict=True):
             store.clear()

@@ -1,0 +1,328 @@
+"""tools/ablate.py: what it calls noise, by hand; which runs it starts; what it refuses; one comparison as a whole."""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import REPOSITORY, SEQUENCE_LENGTH
+
+from bloomjax import config
+from bloomjax.errors import BadInput
+from bloomjax.model_dir import open_model_dir
+from bloomjax.token_store import TokenStore
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+import ablate
+import ablate_lengths
+import ablate_plan
+import ablate_table
+from ablate_table import Result, Row
+
+
+@pytest.fixture
+def base(tiny_text, tmp_path):
+    """Gin file of the run of tiny_run.py."""
+    tiny_run.command(tiny_text, tmp_path)
+    return shutil.copy(tiny_text.folder / "run.gin", tmp_path / "base.gin")
+
+
+@pytest.fixture
+def plan(base, tmp_path):
+    """plan(overlays, seeds, tokens=None): runs into tmp_path/out."""
+
+    def call(overlays, seeds=(1,), tokens=None):
+        found = []
+
+        def planned():
+            words = ablate_plan.parse_overlays(overlays)
+            found.extend(ablate_plan.plan(words, seeds, tmp_path / "out", tokens))
+
+        with pytest.raises(SystemExit) as end:
+            config.call(planned, ["test", f"--gin_file={base}"])
+        assert end.value.code == 0
+        return found
+
+    return call
+
+
+# ---- noise, by hand ----
+
+
+def test_two_overlays_are_students_t_test():
+    """t = 4 / 2^0.5 with 2 degrees of freedom, whose distribution function is 1/2 + t / (2 (2 + t^2)^0.5)."""
+    verdict = ablate_table.judge({"a": [5.0, 7.0], "b": [1.0, 3.0]})
+    t = 4 / math.sqrt(2)
+    assert verdict.p == {("b", "a"): pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-6)}
+    assert verdict.smallest == pytest.approx(4.302653 * math.sqrt(2), rel=1e-4)  # t of 97.5 %
+    assert verdict.text() == "within noise"
+
+
+def test_three_overlays_of_two_seeds_have_the_limit_of_tukeys_table():
+    """q(0.05; 3 means, 3 degrees of freedom) = 5.91."""
+    groups = {"a": [1.00, 1.02], "b": [1.03, 1.05], "c": [1.10, 1.12]}
+    verdict = ablate_table.judge(groups)
+    deviation = math.sqrt(0.0002)
+    assert verdict.smallest == pytest.approx(5.91 * deviation / math.sqrt(2), rel=1e-3)
+    assert verdict.differing == [("a", "c"), ("b", "c")]  # 0.10 and 0.07; a and b are 0.03 apart
+    assert verdict.text() == "a < c, b < c"
+
+
+def test_what_cannot_be_tested_is_not():
+    assert ablate_table.judge({"a": [1.0], "b": [2.0]}).text() == "not tested"
+    assert ablate_table.judge({"a": [1.0, 2.0]}).text() == "not tested"
+    assert ablate_table.judge({"a": [1.0, 1.0], "b": [1.0, 1.0]}).text() == "within noise"
+    assert ablate_table.judge({"a": [2.0, 2.0], "b": [1.0, 1.0]}).text() == "b < a"
+
+
+def test_cells_have_mean_and_deviation():
+    row = Row("loss", {"a": [1.0, 3.0], "b": [2.0], "c": None})
+    assert [row.cell(name) for name in "abc"] == ["2.000 ± 1.414", "2.000", "-"]
+    assert Row("parameters", {"a": [1e6, 1e6]}, digits=0, is_tested=False).cell("a") == "1,000,000"
+
+
+def result(overlay, seed, loss, **changes):
+    shown = dict(
+        params=1000, flops_per_token=6e3, tokens=640, tokens_per_second=1e4, bits_per_byte=loss / 2,
+        loss_by_language={"aa": loss - 1, "bb": loss + 1}, curve=[(640, loss)], tasks={},
+    )  # fmt: skip
+    return Result(overlay=overlay, seed=seed, loss=loss, **(shown | changes))
+
+
+def with_lengths(overlay, seed, at_16, at_32):
+    lengths = {
+        "training_length": 16, "lengths": {"16": at_16, "32": at_32}, "num_tokens": 96, "languages": ["aa"],
+        "left_out": ["bb"],
+    }  # fmt: skip
+    return result(overlay, seed, at_16, lengths=lengths)
+
+
+def test_the_change_at_a_length_is_tested_by_seed():
+    """One degree of freedom, Cauchy's distribution: p = 2 / pi * atan(1 / t)."""
+    far = [with_lengths("x", 1, 4.0, 4.3), with_lengths("x", 2, 5.0, 5.5)]
+    line = ablate_table.change_words("x", "32", far)  # t = 0.4 / 0.1
+    p = 2 / math.pi * math.atan(1 / 4)
+    assert (
+        line == f"x: +0.4000 nats at 2 times the training length, within noise (paired by seed, p = {p:.2g})"
+    )  # fmt: skip
+    near = [with_lengths("x", 1, 4.0, 4.39), with_lengths("x", 2, 5.0, 5.41)]  # t = 40
+    assert "worse (paired by seed, p = 0.016)" in ablate_table.change_words("x", "32", near)
+    ends = [with_lengths("x", 1, 4.0, "16 positions are learned, 32 tokens need more")]
+    assert ablate_table.change_words("x", "32", ends).endswith("32 tokens need more")
+
+
+def test_the_table_has_a_row_a_quantity():
+    groups = {
+        "a": [with_lengths("a", 1, 4.0, 3.9), with_lengths("a", 2, 4.2, 4.1)],
+        "b": [with_lengths("b", 1, 5.0, "too long"), with_lengths("b", 2, 5.2, "too long")],
+    }
+    groups["a"] = [dataclasses.replace(r, tasks={"boolq (acc)": 0.5}) for r in groups["a"]]
+    rows = ablate_table.rows(groups)
+    lines = ablate_table.markdown(list(groups), rows).splitlines()
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:5]] for line in lines}  # fmt: skip
+    assert cells["held-out loss"] == ["4.1000 ± 0.1414", "5.1000 ± 0.1414", "a < b"]
+    assert cells["bits per byte"][:2] == ["2.0500 ± 0.0707", "2.5500 ± 0.0707"]
+    assert cells["change at 32"] == ["-0.1000 ± 0.0000", "-", "not tested"]
+    assert cells["boolq (acc)"][:2] == ["0.500 ± 0.000", "-"]
+    assert cells["loss in bb"][:2] == ["5.100 ± 0.141", "6.100 ± 0.141"]
+    assert len({len(line) for line in lines}) == 1  # aligned
+    said = "\n".join(ablate_table.remarks(groups, rows))
+    assert "without bb, too short" in said and "b: no loss at 32 tokens: too long" in said
+
+
+def test_results_of_tasks_are_found_in_the_folder(tmp_path):
+    assert ablate_table.read_tasks(tmp_path) == {}
+    (tmp_path / "lengths.json").write_text('{"lengths": {}}')
+    (tmp_path / "broken.json").write_text("{")
+    metrics = {"alias": "boolq", "acc_stderr": 0.01, "acc_norm": 0.7, "acc": 0.6}
+    found = {"results": {"boolq": metrics, "wiki": {"bits_per_byte": 1.5}}}
+    (tmp_path / "tasks.json").write_text(json.dumps(found))
+    assert ablate_table.read_tasks(tmp_path) == {"boolq (acc)": 0.6, "wiki (bits_per_byte)": 1.5}
+
+
+# ---- plan ----
+
+
+def test_runs_differ_in_overlay_and_seed_alone(plan, tmp_path):
+    runs = plan("ablations/alibi.gin,ablations/rotary.gin+ablations/swiglu.gin,base", (1, 7))
+    assert [run.name for run in runs] == [
+        "alibi-1", "alibi-7", "rotary+swiglu-1", "rotary+swiglu-7", "base-1", "base-7",
+    ]  # fmt: skip
+    ablate_plan.write(runs)
+
+    def changed(a, b):
+        return sorted(set(a.text.splitlines()[1:]) ^ set(b.text.splitlines()[1:]))
+
+    assert [line.split(" = ")[0] for line in changed(runs[0], runs[1])] == [
+        "train.model_dir", "train.model_dir", "train.seed", "train.seed",
+    ]  # fmt: skip
+    assert {line.split(" = ")[0] for line in changed(runs[0], runs[2])} == {
+        "train.model_dir", "BloomConfig.positions", "BloomConfig.activation", "BloomConfig.mlp_dim",
+    }  # fmt: skip
+    for run in runs:
+        assert config.build("train.seed", run.gin_file) == run.seed
+        assert config.build("train.train_data", run.gin_file).seed == 3  # of the base
+        assert config.build("train.model_dir", run.gin_file) == str(tmp_path / "out" / run.name)
+
+
+def test_a_budget_of_tokens_takes_the_cosine_with_it(plan):
+    (run,) = plan("base", tokens=20 * 8 * SEQUENCE_LENGTH)
+    ablate_plan.write([run])
+    assert config.build("train.train_steps", run.gin_file) == 20
+    rate = config.build("train.learning_rate", run.gin_file)
+    assert (rate.warmup_samples, rate.decay_samples) == (20, 200)  # 40 and 400 of 40 steps
+
+
+def test_another_run_in_the_same_place_is_refused(plan):
+    ablate_plan.write(plan("base"))
+    ablate_plan.write(plan("base", (1, 2)))  # more of the same
+    with pytest.raises(BadInput, match=r"base-1\.gin is there and differs: .* another --out"):
+        ablate_plan.write(plan("base", tokens=10_000))
+
+
+def test_bad_input_is_one_line(command, base, tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "alibi.gin").write_text("BloomConfig.positions = @Alibi()\n")
+    (tmp_path / "order.gin").write_text("TrainData.seed = 5\n")
+    (tmp_path / "even.gin").write_text("TrainData.weights = @TemperatureWeights()\n"
+                                       "TemperatureWeights.alpha = 0.3\n")  # fmt: skip
+    (tmp_path / "batch.gin").write_text("BATCH_SIZE = 4\n")
+    out = tmp_path / "out"
+
+    def refused(*flags):
+        code, shown, error = command(ablate, f"--gin_file={base}", *flags)
+        assert code == 1 and not shown and error.count("\n") == 1, error
+        assert not out.exists()
+        return error
+
+    to = f"--out={out}"
+    unknown = refused("--overlays=ablations/alibbi.gin", to)
+    assert "did you mean 'ablations/alibi.gin'" in unknown and "ablations/rotary.gin" in unknown
+    twice = refused(f"--overlays=ablations/alibi.gin,{tmp_path}/more/alibi.gin", to)
+    assert f"two with the name alibi: ablations/alibi.gin and {tmp_path}/more/alibi.gin" in twice
+    for name in ("even", "batch"):
+        error = refused(f"--overlays=base,{tmp_path}/{name}.gin", to)
+        assert f"overlay {name} changes the data" in error
+    assert "BatchSchedule" not in error and "batch_size_samples: 8, now 4" in error
+    error = refused("--overlays=ablations/c4.gin", "--gin.TEXT_DIR='x'", to)
+    assert "overlay c4 changes the data (train.train_data.store_dir" in error
+    assert "--overlays needs gin files" in refused(to)
+    assert "--out must be given" in refused("--overlays=base")
+    assert "--seeds=1,1: give different" in refused("--overlays=base", "--seeds=1,1", to)
+    assert "--lengths=2" in refused("--overlays=base", "--lengths=2", to)
+    assert "do not fill a batch" in refused("--overlays=base", "--tokens=100", to)
+    assert "nothing uses the macro BATCHSIZE" in refused("--overlays=base", "--gin.BATCHSIZE=3", to)
+
+
+# ---- resuming ----
+
+
+def test_finished_runs_are_not_started_again(command, base, tmp_path, undisturbed, monkeypatch):
+    started = []
+
+    def train(run):
+        started.append(run.name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        shutil.copytree(undisturbed, run.model_dir)
+        (run.model_dir / "config.gin").write_text(run.text)
+
+    monkeypatch.setattr(ablate, "_train", train)
+    flags = [f"--gin_file={base}", "--overlays=ablations/alibi.gin,base", "--seeds=1,2"]
+    flags += [f"--out={tmp_path / 'out'}", "--gin.train.prepare=None"]
+    code, out, _ = command(ablate, *flags)
+    assert code == 130 and "1/4 alibi-1: held-out loss" in out
+    assert started == ["alibi-1", "alibi-2"]
+    code, out, error = command(ablate, *flags)
+    assert code == 0, error
+    assert "1/4 alibi-1: done before, held-out loss" in out
+    assert started == ["alibi-1", "alibi-2", "alibi-2", "base-1", "base-2"]
+    last = tiny_run.records(undisturbed)[-1]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [run["loss"] for run in results["runs"]] == [last["validation_loss"]] * 4
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    # A run whose last evaluation is missing is not finished.
+    metrics = tmp_path / "out" / "base-2" / "metrics.jsonl"
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:-1]) + "\n")
+    assert ablate_table.read_result("base", 2, metrics.parent) is None
+
+
+# ---- lengths ----
+
+
+@pytest.mark.slow
+def test_the_loss_at_each_length_is_that_of_the_same_tokens(tiny_text, undisturbed, tmp_path, plan):
+    (run,) = plan("base", (3,))
+    shutil.copytree(undisturbed, run.model_dir)
+    (run.model_dir / "config.gin").write_text(run.text)
+    found = ablate_lengths.measure(run.model_dir, [1, 2])
+    trained = open_model_dir(run.model_dir)
+    params, store = trained.read_params(), TokenStore(tiny_text.store_dir)
+    span = 2 * SEQUENCE_LENGTH
+    for length in (SEQUENCE_LENGTH, span):
+        losses = []
+        for language in store.languages:
+            # 2 windows of 16 are evaluated, so 1 of 32
+            tokens = store.read(language, "validation", 0, span + 1).astype(np.int32)
+            for first in range(0, span, length):
+                part = tokens[first : first + length + 1]
+                x = trained.model.apply({"params": params}, part[None, :-1])
+                logits = trained.model.apply({"params": params}, x, method="logits")
+                logits = np.asarray(logits, np.float64)[0]
+                log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+                losses += (-log_p[np.arange(length), part[1:]]).tolist()
+        assert found["lengths"][str(length)] == pytest.approx(np.mean(losses), abs=2e-3)
+    assert found["num_tokens"] == 3 * span and found["left_out"] == []
+    kept = (run.model_dir / "lengths.json").stat().st_mtime_ns
+    assert ablate_lengths.measure(run.model_dir, [1, 2]) == found
+    assert (run.model_dir / "lengths.json").stat().st_mtime_ns == kept
+    with pytest.raises(BadInput, match="no language .* has 16000 held-out tokens"):
+        ablate_lengths.measure(run.model_dir, [1, 1000])
+
+
+# ---- from end to end ----
+
+
+@pytest.mark.slow
+def test_two_overlays_two_seeds(tiny_text, undisturbed, base, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable, str(REPOSITORY / "tools" / "ablate.py"), f"--gin_file={base}", f"--out={out}",
+        "--overlays=ablations/alibi.gin,ablations/learned.gin", "--seeds=3,4", "--lengths=1,2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=tiny_run.environment(), stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout
+    assert process.stdout.readline().startswith("1/4 alibi-3: held-out loss")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 75
+    done = tiny_run.tree(out / "alibi-3")
+    again = tiny_run.execute(command)
+    assert again.returncode == 0, again.stderr
+    assert "1/4 alibi-3: done before" in again.stdout
+    assert {name: done[name] for name in done} == {
+        name: data for name, data in tiny_run.tree(out / "alibi-3").items() if name in done
+    }
+    results = json.loads((out / "results.json").read_text())
+    assert [(r["overlay"], r["seed"]) for r in results["runs"]] == [
+        ("alibi", 3), ("alibi", 4), ("learned", 3), ("learned", 4),
+    ]  # fmt: skip
+    # The run of the Python function with the same seed and the same data.
+    assert results["runs"][0]["loss"] == tiny_run.records(undisturbed)[-1]["validation_loss"]
+    losses = {r["loss"] for r in results["runs"]}
+    assert len(losses) == 4
+    params = [r["params"] for r in results["runs"]]
+    assert params[2] - params[0] == SEQUENCE_LENGTH * 32  # a row a position
+    table = (out / "table.md").read_text()
+    assert "learned: no loss at 32 tokens: LearnedPositions.max_length=16 positions" in table
+    assert "alibi: " in table and table in again.stdout.replace("\n\nwritten", "\nwritten")
+    data = json.loads((out / "runs.json").read_text())
+    assert [each["run"] for each in data] == ["alibi-3", "alibi-4", "learned-3", "learned-4"]
