@@ -18,8 +18,8 @@ _DATA = (
     "train.train_data", "train.eval_data", "train.batch_schedule", "train.train_steps", "train.train_samples",
     "train.vocabulary_path",
 )  # fmt: skip
-# What is predicted from the same tokens may differ.
-_NOT_DATA = ("objective",)
+# What is predicted from the same samples, and how much of each is seen, may differ.
+_NOT_DATA = ("objective", "_curriculum")
 
 
 @dataclasses.dataclass(frozen=True)
