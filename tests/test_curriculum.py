@@ -217,6 +217,7 @@ def test_batches_hold_the_tokens_of_the_step(tiny_text, mesh_of, mode, block_tok
     assert epochs["aa"] == seen["aa"] / (num_blocks * block_tokens)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_those_of_the_tokens_alone(tiny_text, mesh_of):
     """float32, by the program that knows nothing of token weights, on the same tokens without any that fill."""
     data = train_data(tiny_text, "truncate", batch=(8,)).open()

@@ -69,7 +69,7 @@ def test_each_document_is_what_it_would_be_alone(params, changes):
         assert np.abs(plain_row[first:] - expected[first:]).max() > 0.1
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
 def test_loss_and_gradient_are_those_of_the_documents(params, mesh_of, shape):
     """The first token of a document is predicted from the end of the one before: by that token alone."""
     tokens = np.concatenate([packed(), packed(1)])

@@ -235,6 +235,7 @@ def test_excess_is_clipped_token_by_token(tiny_text, reference, mesh_of):
     assert (expected > np.maximum((a - b).mean(1), 0) + 1e-3).all()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_straight_on(tiny_text, reference, straight, tmp_path):
     for num_steps in (5, 8, 12):
         assert proxy(tiny_text, tmp_path / "run", reference, num_steps) == 0

@@ -297,8 +297,8 @@ def batch_of(objective, num_rows, mesh, num_filled=0, seed=0):
 
 
 TRAINED = [
-    PrefixLM(document_end_id=END, reweight_by_position=True), InputsTargets(True),
-    pytest.param(SPANS, marks=pytest.mark.slow),
+    PrefixLM(document_end_id=END, reweight_by_position=True),
+    *(pytest.param(each, marks=pytest.mark.slow) for each in (InputsTargets(True), SPANS)),
 ]  # fmt: skip
 
 

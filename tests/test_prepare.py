@@ -351,7 +351,7 @@ prepare.prepare(
 """
 
 
-@pytest.mark.parametrize("through_seqio", [False, True])
+@pytest.mark.parametrize("through_seqio", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_stopping_it_neither_hangs_nor_leaves_a_store(text_dir, tmp_path, through_seqio):
     """tf.data with Python code behind it hangs at exit while an iterator is alive."""
     (text_dir / "en.txt").write_text("\n\n".join(sentences(4_000, 0)))
