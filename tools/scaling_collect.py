@@ -33,6 +33,7 @@ class RunFolder:
     params_non_embedding: int
     sequence_length: int
     end_tokens: int
+    end_samples: int
     schedule_tokens: int
     vocabulary: str
     unique_tokens: int | None
@@ -41,7 +42,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return self.records[-1]["tokens"] >= self.end_tokens
+        return self.records[-1]["samples"] >= self.end_samples  # a curriculum sees fewer tokens of them
 
     def curve(self, loss_kind: str) -> Curve:
         """Its loss: of each training step under a Gaussian, or held-out at each evaluation."""
@@ -101,6 +102,7 @@ def read_run(path: str) -> RunFolder:
         ),
         sequence_length=length,
         end_tokens=batches.samples_after(num_steps) * length,
+        end_samples=batches.samples_after(num_steps),
         schedule_tokens=config.build("train.learning_rate", gin_file).decay_samples * length,
         vocabulary=text_of_run(folder, length)["vocabulary"],
         unique_tokens=unique,
