@@ -250,8 +250,11 @@ def remarks(results: Mapping[str, Sequence[Result]], found: Sequence[Row]) -> li
     """What the table is, what its test can tell, and what the lengths show."""
     every = [r for group in results.values() for r in group]
     seeds = sorted({r.seed for r in every})
+    tokens = " to ".join(
+        f"{num:,}" for num in sorted({min(r.tokens for r in every), max(r.tokens for r in every)})
+    )
     lines = [
-        f"{len(results)} overlays x {len(seeds)} seeds, {every[0].tokens:,} tokens each, on the same data in the same "
+        f"{len(results)} overlays x {len(seeds)} seeds, {tokens} tokens each, on the same data in the same "
         "order: seeds change initial weights and dropout alone. ± is the deviation over seeds; tokens/s is the median "
         "over steps.",
     ]

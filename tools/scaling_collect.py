@@ -42,7 +42,9 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return self.records[-1]["samples"] >= self.end_samples  # a curriculum sees fewer tokens of them
+        return (
+            self.records[-1]["samples"] >= self.end_samples
+        )  # a curriculum sees fewer tokens of them
 
     def curve(self, loss_kind: str) -> Curve:
         """Its loss: of each training step under a Gaussian, or held-out at each evaluation."""
