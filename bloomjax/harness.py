@@ -15,7 +15,7 @@ import urllib.parse
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -104,14 +104,16 @@ def run_tasks(
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=_SEED)
-        found = evaluate(
-            lm=model,
-            task_dict=loaded,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=_BOOTSTRAP_DRAWS,
+        found = cast(
+            dict[str, Any],  # on every process but the first None: evaluate is one process
+            evaluate(
+                lm=model,
+                task_dict=loaded,
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=_BOOTSTRAP_DRAWS,
+            ),
         )
-    assert found is not None
     results = {}
     for task, metrics in found["results"].items():
         row: dict[str, Any] = {}
@@ -161,9 +163,9 @@ def _is_about_data(error: Exception) -> bool:
 
 
 def _how_to_get(missing: dict[str, Exception]) -> str:
-    import datasets
+    from datasets import config
 
-    cache = os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
+    cache = os.environ.get("HF_DATASETS_CACHE", config.HF_DATASETS_CACHE)
     line = f"the data of {', '.join(missing)} is not on this disk ({cache}) and cannot be fetched from here"
     if any(isinstance(error, FileNotFoundError) for error in missing.values()):
         line += (

@@ -111,7 +111,9 @@ class _LanguageModel:
         found = [""] * len(requests)
         with _bar(len(requests), "generating", disable_tqdm) as bar:
             for numbers in alike.values():
-                options = normalize_gen_kwargs(requests[numbers[0]].args[1], _MAX_NEW_TOKENS)
+                options: dict[str, Any] = {
+                    **normalize_gen_kwargs(requests[numbers[0]].args[1], _MAX_NEW_TOKENS)
+                }
                 for batch, prompts in self._prompts(requests, numbers, options["max_gen_toks"]):
                     for number, text in zip(batch, self._generate(prompts, options), strict=True):
                         found[number] = text
