@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL_DIR ?= runs/tiny
+# Processes of a test run; each takes up to 4 GB.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 # Versions that were tested together, one file a Python version.
 CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
 
@@ -22,15 +25,15 @@ train: venv  ## the tiny BLOOM on the demo corpus, and a Hugging Face folder of 
 	$(BIN)/python -m bloomjax.export --checkpoint="$(MODEL_DIR)"
 
 test: venv  ## the default suite
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-plan: venv  ## compiling for absent TPUs and GPUs; downloads their compilers, 1 GB
 	$(BIN)/pip install --quiet --editable '.[plan]' --constraint $(CONSTRAINTS)
-	$(BIN)/python -m pytest tests/test_plan.py tests/test_hlo.py tests/test_targets.py
-	$(BIN)/python -m pytest -k 'compile or refused or slots' tests/test_flash_attention_*.py tests/test_losses.py tests/test_step_programs.py
+	$(PYTEST) tests/test_plan.py tests/test_hlo.py tests/test_targets.py
+	$(PYTEST) -k 'compile or refused or slots' tests/test_flash_attention_*.py tests/test_losses.py tests/test_step_programs.py
 
 lint: venv
 	$(BIN)/ruff check .

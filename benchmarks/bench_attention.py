@@ -14,7 +14,7 @@ FLOPs are those of the lower half of the scores, as if nothing was skipped: two 
   ALiBi            every block of keys computed
   ALiBi, skipping  without the blocks that ALiBi puts out of float32's reach; how many those are depends on the spread
                    of the scores, which is why it is stated: q and k are normal, for scores of deviation --score_std
-  no ALiBi         slopes of 0, no skipping; "cudnn": without any bias, which is what it can do without ALiBi
+  no ALiBi         the same kernel without any bias, no skipping
 
 `loss moves`: by how much skipping changes the mean and (largest) one token's cross-entropy of 512 classes that a random
 matrix reads from the context.
@@ -190,7 +190,7 @@ def attention_of(kernel: str, variant: str, heads: int):
         return functools.partial(
             jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
         )
-    slopes = jnp.asarray(alibi_slopes(heads), jnp.float32) * (variant != PLAIN)
+    slopes = None if variant == PLAIN else jnp.asarray(alibi_slopes(heads), jnp.float32)
     return lambda q, k, v: attend(kernel, q, k, v, slopes, skip_far_blocks=variant == SKIPPING)
 
 

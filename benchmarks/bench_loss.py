@@ -1,6 +1,6 @@
 """The loss layer: linear head and cross-entropy over a large vocabulary, with both gradients, against dense ones.
 
-    python benchmarks/bench_loss.py [--rounds N] [--output FILE] [--shape VOCAB,WIDTH,TOKENS ...] [--device gpu]
+    python benchmarks/bench_loss.py [--rounds N] [--shape VOCABULARY,WIDTH,TOKENS ...] [--device gpu] [--output FILE]
 
 Ours is `losses.linear_cross_entropy`; "dense" the same written down plainly in JAX, float32 logits of all tokens;
 "torch" `linear`, then cross-entropy of float32 logits, as transformers' BloomForCausalLM trains: in bfloat16 weights,
@@ -10,20 +10,23 @@ processes that take turns, so that other work on the machine hits both alike; th
 On a CPU the ratios of CPU time and of the best rounds stand beside it: what a quiet machine would show.
 
 Memory is measured in a process for each program: on a CPU its resident peak during the first run after compilation less
-what was resident before, on a GPU the allocator's. Both count the results, dx and dW (ours is float32).
+what was resident before; on a GPU torch's allocator's, and what the compiled program of the others asks for, since the
+allocator's peak would be that of trying matrix products while compiling. All count the results, dx and dW (ours is
+float32).
 """
 
 import argparse
 import ctypes
-import datetime
-import json
+import importlib.util
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
-from importlib import metadata
+
+import measure
+
+from bloomjax.errors import BadInput
 
 CPU_SHAPES = ((65_536, 512, 4096), (65_536, 1024, 4096), (250_880, 512, 2048))
 GPU_SHAPES = tuple((250_880, width, 16_384) for width in (1024, 2048, 4096))  # 560m, 1b7, 7b1
@@ -72,7 +75,7 @@ def torch_program(dtype, shape, device):
         loss = run(x, w, targets)
         if device == "gpu":
             torch.cuda.synchronize()
-        return loss, x.grad.float().cpu().numpy, w.grad.float().cpu().numpy
+        return loss, lambda: x.grad.float().cpu().numpy(), lambda: w.grad.float().cpu().numpy()
 
     # So that threads and libraries are there before memory is looked at.
     run(*(a[:8].detach().clone().requires_grad_() for a in (x, w)), targets[:8] % 8)
@@ -87,6 +90,8 @@ def jax_program(name, dtype, shape):
 
     from bloomjax.losses import linear_cross_entropy
 
+    if dtype == "float32":  # as torch's are; by default a GPU's are of TF32
+        jax.config.update("jax_default_matmul_precision", "highest")
     x, w, targets = arrays(shape)
     inputs = (
         jnp.asarray(x, dtype)[None],
@@ -110,6 +115,7 @@ def jax_program(name, dtype, shape):
         loss, (dx, dw) = jax.block_until_ready(compiled(*inputs))
         return float(loss), lambda: np.asarray(dx[0], np.float32), lambda: np.asarray(dw)
 
+    step.executable = compiled
     return step
 
 
@@ -163,12 +169,8 @@ def peak(pipe, kind, shape, device):
         step()
         pipe.send(torch.cuda.max_memory_allocated() - before)
     else:
-        import jax
-
-        # The allocator's peak is of the whole process: of the inputs twice while they were made, at most.
-        before = jax.local_devices()[0].memory_stats()["bytes_in_use"]
-        step()
-        pipe.send(jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] - before)
+        stats = step.executable.memory_analysis()
+        pipe.send(stats.temp_size_in_bytes + stats.output_size_in_bytes)
 
 
 def resident(name):
@@ -222,7 +224,7 @@ def duel(kinds, shape, device, rounds):
 
     for _ in range(2):  # the first touches memory
         losses = [step(kind)[0] for kind in kinds]
-    if abs(losses[0] - losses[1]) > TOLERANCES[kinds[1][1]][0] * losses[1]:
+    if not abs(losses[0] - losses[1]) <= TOLERANCES[kinds[1][1]][0] * losses[1]:
         raise SystemExit(f"{kinds} at {shape} compute the losses {losses}")
     found = [[step(kind) for kind in kinds] for _ in range(rounds)]
     for pipe in pipes.values():
@@ -235,11 +237,11 @@ def available_bytes():
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
-def measure(shape, device, rounds):
+def measure_shape(shape, device, rounds, duels):
     """A row for each duel; one that needs more memory than there is says so."""
     vocab, width, tokens = shape
     peaks = {}
-    for ours, theirs, goals in DUELS:
+    for ours, theirs, goals in duels:
         size = 4 if theirs[1] == "float32" else 2
         # Logits and their gradient in their dtype, float32 logits, log softmax and gradient; weights twice; ours.
         needed = vocab * (tokens * (2 * size + 12) + width * (2 * size + 16)) + 2 * 10**9
@@ -287,57 +289,68 @@ def text(row):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", help="the report as JSON")
-    parser.add_argument("--shape", action="append", help="vocabulary,width,tokens")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    args = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.device]
+HEADINGS = (
+    "                                 ours, best        theirs / ours: best     best   peak GB   times\n"
+    "   vocab width tokens  dtype   against  wall s GFLOP/s   CPU   wall    CPU   wall    ours  theirs memory goals"
+)
+
+
+def table(report):
+    lines = [measure.headline(report)]
+    for kind, found in report["errors_to_float64"].items():
+        errors = ", ".join(f"{e:.0e}" for e in found)
+        lines.append(f"{kind:18} relative errors of loss, dx, dW: {errors}")
+    return "\n".join([*lines, HEADINGS, *map(text, report["rows"])])
+
+
+def numbers(text):
+    """--shape's."""
+    found = tuple(int(number) for number in text.split(",") if number.isdigit())
+    if len(found) != 3 or min(found) < 1 or text.count(",") != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no VOCABULARY,WIDTH,TOKENS")
+    return found
+
+
+def check(kind, device):
+    """Errors on a small case. BadInput if it is wrong; NaN is."""
+    found, allowed = ask(errors, kind, device), TOLERANCES[kind[1]]
+    if not all(a <= b for a, b in zip(found, allowed, strict=True)):
+        raise BadInput(
+            f"{' '.join(kind)} is wrong: errors {found} of loss, dx, dW, allowed {allowed}; nothing was timed"
+        )
+    return found
+
+
+def main(argv=None):
+    parser = measure.Parser(__doc__)
+    parser.add_argument("--rounds", type=measure.whole_number, default=7)
+    parser.add_argument("--shape", type=numbers, action="append", help="VOCABULARY,WIDTH,TOKENS")
+    args = parser.parse_args(argv)
+    device = args.device or "cpu"
+    if device == "tpu":
+        parser.error("--device=tpu: torch has none to compare with; cpu or gpu")
+    measure.choose_platform(device)
+    measure.check_output(args.output)
     # The processes of a duel share the device.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    shapes = [tuple(map(int, shape.split(","))) for shape in args.shape or ()]
-    shapes = shapes or (GPU_SHAPES if args.device == "gpu" else CPU_SHAPES)
-    checked = {}
-    for kind in dict.fromkeys(kind for ours, theirs, _ in DUELS for kind in (ours, theirs)):
-        checked[kind] = ask(errors, kind, args.device)
-        if any(a > b for a, b in zip(checked[kind], TOLERANCES[kind[1]], strict=True)):
-            raise SystemExit(
-                f"{kind}: errors {checked[kind]} of loss, dx, dW, more than {TOLERANCES[kind[1]]}"
-            )
-        print(
-            f"{' '.join(kind):18} relative errors of loss, dx, dW: {', '.join(f'{e:.0e}' for e in checked[kind])}"
-        )
-    print(
-        "                                 ours, best        theirs / ours: best     best   peak GB   times"
-    )
-    print(
-        "   vocab width tokens  dtype   against  wall s GFLOP/s   CPU   wall    CPU   wall    ours  theirs memory goals"
-    )
-    rows = []
-    for shape in shapes:
-        for row in measure(shape, args.device, args.rounds):
-            rows.append(row)
-            print(text(row), flush=True)
-    packages = ("jax", "jaxlib", "torch")
-    report = {
-        "date": datetime.date.today().isoformat(), "device": args.device, "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(), "python": platform.python_version(), "rounds": args.rounds,
-        "load_average": os.getloadavg()[0], "versions": {p: metadata.version(p) for p in packages},
-        "errors_to_float64": {" ".join(kind): found for kind, found in checked.items()}, "results": rows,
+    has_torch = importlib.util.find_spec("torch") is not None
+    duels = [duel for duel in DUELS if has_torch or duel[1][0] != "torch"]
+    kinds = dict.fromkeys(kind for ours, theirs, _ in duels for kind in (ours, theirs))
+    checked = {kind: check(kind, device) for kind in kinds}
+    report = measure.circumstances(None) | {
+        "device": device, "rounds": args.rounds, "rows": [],
+        "errors_to_float64": {" ".join(kind): found for kind, found in checked.items()},
     }  # fmt: skip
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    print(
-        f"{report['date']}, {args.device}, {report['cores']} cores, load {report['load_average']:.1f}; {versions}"
-    )
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+    if not has_torch:
+        measure.say("torch is not installed: without it")
+    for shape in args.shape or (GPU_SHAPES if device == "gpu" else CPU_SHAPES):
+        for row in measure_shape(shape, device, args.rounds, duels):
+            report["rows"].append(row)
+            measure.say(text(row))
+    measure.finish(args, report, table(report))
 
 
 SPAWN = multiprocessing.get_context("spawn")
 
 if __name__ == "__main__":
-    main()
+    measure.run(main)

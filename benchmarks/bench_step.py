@@ -8,7 +8,7 @@ with the same model in float32 and plain attention: loss, global gradient norm, 
 gradient. Nothing is timed if they differ by more than TOLERANCES. Then the rate of matrix products of the model's own
 widths, then steps: compiled and warmed up before, state donated, no waiting from step to step, median of rounds.
 
-Rows: as configured; "no skipping", every block of keys computed; "no ALiBi", the same with slopes of 0. They take
+Rows: as configured; "no skipping", every block of keys computed; "no ALiBi", the same without any bias. They take
 turns. How much is skipped depends on q and k: weights are initial ones, but the query and key projections are scaled so
 that scores have the standard deviation --score_std where the input is that of a LayerNorm.
 
@@ -24,7 +24,6 @@ import functools
 import math
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import matmul_ceiling
 import measure
@@ -72,13 +71,14 @@ def precision(config: Any) -> str:
 def variants(setting: shapes.Setting, wanted: Sequence[str]) -> dict[str, shapes.Setting]:
     """Settings by name; without "no skipping" where the kernel skips nothing anyway."""
     from bloomjax import attention_kernels
+    from bloomjax.positions import NoPositions
 
     kernel = setting.config.attention_kernel
     on_cpu = attention_kernels.platform() == "cpu"
     skips = setting.config.skip_far_blocks and "xla" not in kernel and kernel != "cudnn"
     skips = skips and not (kernel == "auto" and on_cpu)
     all_blocks = setting.with_config(skip_far_blocks=False)
-    settings = (setting, all_blocks, all_blocks)
+    settings = (setting, all_blocks, all_blocks.with_config(positions=NoPositions()))
     found = dict(zip(VARIANTS, settings, strict=True))
     return {
         name: each for name, each in found.items() if name in wanted and (skips or name != "no skipping")
@@ -149,7 +149,12 @@ def check_step(setting: shapes.Setting, mesh: Any, score_std: float) -> dict[str
     state = start(0)
     found = {}
     for name, each in (("ours", ours), ("exact", exact)):
-        step = jax.jit(make_train_step(each.model, optimizer, options, mesh), donate_argnums=0)
+        # Ours with the compiler's options that are timed.
+        compiler_options = setting.step.compiler_options if name == "ours" else None
+        step = jax.jit(
+            make_train_step(each.model, optimizer, options, mesh), donate_argnums=0,
+            compiler_options=dict(compiler_options or {}) or None,
+        )  # fmt: skip
         highest = jax.default_matmul_precision("highest" if name == "exact" else None)
         with jax.set_mesh(mesh), highest:
             state, metrics = step(state, batch, np.float32(0.0), key)
@@ -207,9 +212,7 @@ class Step:
             random_batch(setting, setting.rows, setting.length), mesh.devices[0, 0, 0]
         )
         self.arguments = batch, np.float32(RATE), jax.random.key(0)
-        # The model asks for them by this name; a flag of its own would be one nobody trains with.
-        slopes = mock.patch("bloomjax.positions.alibi_slopes", lambda n, *_: np.zeros(n))
-        with slopes if name == "no ALiBi" else mock.MagicMock(), jax.set_mesh(mesh):
+        with jax.set_mesh(mesh):
             traced = programs[2].trace(abstract, *self.arguments)
             self.matmuls = jaxpr_flops.matmul_flops(traced.jaxpr)
             self.executable = traced.lower().compile()

@@ -14,8 +14,7 @@ import measure
 import shapes
 
 from bloomjax import flops
-
-HEAD_TOKENS = 4096  # whose logits exist at a time, where the loss does not say
+from bloomjax.loss_chunks import chunk_tokens_for
 
 
 class Product(NamedTuple):
@@ -39,7 +38,7 @@ def products(setting: shapes.Setting) -> list[Product]:
     D, F, V = c.emb_dim, c.mlp_width, c.vocab_size
     rows = min(setting.rows, step.microbatch_size_samples or setting.rows)
     tokens = rows * setting.length
-    chunk = min(tokens, step.loss_chunk_tokens or HEAD_TOKENS)
+    chunk = step.loss_chunk_tokens or chunk_tokens_for(tokens, V, D, platform="cuda")
     found = []
     for name, num_tokens, k, n, num in (
         ("qkv", tokens, D, 3 * D, c.num_layers),

@@ -137,7 +137,9 @@ def _build(files: Sequence[str], own: Sequence[str], changes: Sequence[str]) -> 
     except BadInput as error:  # gin appends where it was called
         raise BadInput(str(error).split("\n")[0]) from None
     except (ValueError, TypeError, OSError) as error:
-        raise BadInput(f"gin: {str(error).strip().splitlines()[0]}") from None
+        raise BadInput(
+            f"gin: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from None
     finally:
         logging.disable(logging.NOTSET)
         gin.clear_config()

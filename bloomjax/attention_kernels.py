@@ -50,14 +50,14 @@ def attend(
     the platform (that of the mesh, else JAX's default): flash_gpu, flash_tpu, on a CPU and where those cannot do it one
     of the two of XLA. A kernel that was named is never replaced: what it cannot do is BadInput.
     With `skip_far_blocks` flash kernels leave out keys too far away for float32 (`block_skipping`). `slopes_H` None is
-    attention without a bias: slopes of 0, and nothing is far away.
+    attention without a bias: flash kernels compute none, and nothing is far away.
     """
     check_kernel(name)
-    if slopes_H is None:
-        slopes_H, skip_far_blocks = jnp.zeros(q_BLHK.shape[2]), False
     is_plain = rounding == "exact" and (dropout_rate == 0.0 or dropout_rng is None)
     if name == "auto":
-        name = _kernel_of(platform(), is_plain, q_BLHK.shape[1])
+        name = _kernel_of(platform(), is_plain, q_BLHK.shape[1], q_BLHK.shape[3], q_BLHK.dtype)
+    if slopes_H is None and name not in _FLASH:
+        slopes_H = jnp.zeros(q_BLHK.shape[2])
     if name in ("xla", "xla_blocked"):
         kernel = xla_attention if name == "xla" else blocked_attention
         return kernel(
@@ -78,7 +78,7 @@ def attend(
                 "attention kernel 'cudnn' is causal over whole windows: no documents, no prefix; take 'flash_gpu'"
             )
         return _on_each_device(_cudnn, q_BLHK, k_BSHK, v_BSHK, slopes_H, None, None)
-    kernel = functools.partial(_flash, flash_kernel(name), skip_far_blocks)
+    kernel = functools.partial(_flash, flash_kernel(name), skip_far_blocks and slopes_H is not None)
     return _on_each_device(kernel, q_BLHK, k_BSHK, v_BSHK, slopes_H, documents_BL, last_key_BL)
 
 
@@ -101,9 +101,11 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def _kernel_of(platform_name: str, is_plain: bool, length: int) -> str:
+def _kernel_of(platform_name: str, is_plain: bool, length: int, head_dim: int, dtype: Any) -> str:
     if is_plain and platform_name in ("gpu", "tpu"):
-        return f"flash_{platform_name}"
+        flash = f"flash_{platform_name}"
+        if flash_kernel(flash).takes(head_dim, dtype):
+            return flash
     is_short = platform_name == "cpu" and length <= _ON_CPU_WHOLE_UP_TO
     return "xla" if is_short else "xla_blocked"
 

@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 def needed_blocks(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
-    slopes_H: jax.Array,
+    slopes_H: jax.Array | None,
     block_q: int,
     block_k: int,
     *,
@@ -52,7 +52,7 @@ def needed_blocks(
 def keep_blocks(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
-    slopes_H: jax.Array,
+    slopes_H: jax.Array | None,
     block_q: int,
     block_k: int,
     *,
@@ -62,9 +62,9 @@ def keep_blocks(
 ) -> jax.Array:
     """Whether a block of queries needs a block of keys, bool [B, H, M, N] (B and H may be 1).
 
-    Without `skip_far_blocks` it needs every block with a key that one of its queries may see: not after `last_key_BL`
-    (int32, the position of the last key of each query, at least its own; None for its own), nor of another document
-    (`documents_BL`, int32, growing along the row).
+    Without `skip_far_blocks`, which needs slopes, it needs every block with a key that one of its queries may see: not
+    after `last_key_BL` (int32, the position of the last key of each query, at least its own; None for its own), nor of
+    another document (`documents_BL`, int32, growing along the row).
 
     With it, a block is left out if for each query r, with own score d_r = q_r.k_r / sqrt(K) and bias 0,
 

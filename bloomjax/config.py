@@ -29,7 +29,7 @@ from absl import app, flags
 from gin import config as gin_config
 from gin import config_parser
 
-from bloomjax import job
+from bloomjax import job, out_of_memory
 from bloomjax.errors import EXIT_RESTART, BadInput, NoRoom, Restart
 
 Configurables = Sequence[tuple[str, Sequence[str]]]
@@ -129,7 +129,7 @@ def call(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         result = job.fail(1, "nobody reads the output") if job.is_shared() else 1
     except Exception as error:
-        if not job.is_shared() and not job.is_fault(error):
+        if not job.is_shared() and not job.is_fault(error) and not out_of_memory.line(error):
             raise
         result = job.fail_with(error)
     finally:

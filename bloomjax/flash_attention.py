@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
     q_BLHK: jax.Array
     k_BSHK: jax.Array
     v_BSHK: jax.Array
-    slopes_H: jax.Array  # float32
+    slopes_H: jax.Array | None  # float32; None: no bias
     documents_BL: jax.Array | None  # int32
     last_key_BL: jax.Array | None  # int32
     blocks: Blocks
@@ -34,6 +34,10 @@ class Inputs(NamedTuple):
 
 class FlashKernel(Protocol):
     """One platform's kernel; a hashable object."""
+
+    def takes(self, head_dim: int, dtype: Any, /) -> bool:
+        """Whether it has this head_dim and dtype; if not, `forward` is BadInput that says what it has."""
+        ...
 
     def block_sizes(self, length: int, head_dim: int, /) -> tuple[int, int]:
         """Tokens of a block of queries and of keys; one divides the other."""
@@ -59,13 +63,16 @@ def flash_attention(
     q_BLHK: jax.Array,
     k_BSHK: jax.Array,
     v_BSHK: jax.Array,
-    slopes_H: jax.Array,
+    slopes_H: jax.Array | None,
     *,
     documents_BL: jax.Array | None = None,
     last_key_BL: jax.Array | None = None,
     skip_far_blocks: bool = True,
 ) -> jax.Array:
-    """`attention.xla_attention` by a kernel: any L = S, O(S) memory; documents must grow along the row."""
+    """`attention.xla_attention` by a kernel: any L = S, O(S) memory; documents must grow along the row.
+
+    Without slopes there is no bias, and far blocks, which only a bias makes, must not be asked for.
+    """
     L, K = q_BLHK.shape[1], q_BLHK.shape[3]
     block_q, block_k = kernel.block_sizes(L, K)
     pad = -L % max(block_q, block_k)
@@ -110,7 +117,7 @@ def _backward(options, residuals, g_BLHK):
     # The blocks are found again: two norms, against integers kept for each layer.
     inputs = _inputs(options, *arrays)
     grads = options[0].backward(inputs, lse_BHL, jnp.moveaxis(delta_BLH, 1, 2), g_BLHK)
-    return *grads, jnp.zeros_like(inputs.slopes_H), None, None
+    return *grads, jax.tree.map(jnp.zeros_like, inputs.slopes_H), None, None
 
 
 _flash.defvjp(_forward, _backward)

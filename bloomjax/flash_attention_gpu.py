@@ -59,6 +59,10 @@ class TritonKernel:
     tiles: Tiles | None = None
     interpret: bool = False
 
+    def takes(self, head_dim: int, dtype: Any) -> bool:
+        is_head = head_dim % 16 == 0 and 16 <= head_dim <= max(_TILES)
+        return is_head and dtype in (jnp.bfloat16, jnp.float32)
+
     def block_sizes(self, length: int, head_dim: int) -> tuple[int, int]:
         """A short window is one block: padding costs as much as tokens."""
         del head_dim
@@ -147,11 +151,11 @@ KERNEL = TritonKernel()
 
 def default_tiles(head_dim: int, dtype: Any) -> Tiles:
     """BadInput for a head_dim or dtype that the kernels cannot take."""
-    prefix, largest = "attention kernel 'flash_gpu'", max(_TILES)
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise BadInput(f"{prefix} has no dtype {dtype}; there are bfloat16, float32")
-    if head_dim % 16 or not 16 <= head_dim <= largest:
-        raise BadInput(f"{prefix} takes a head_dim of 16, 32, ... or {largest}, not {head_dim}")
+    if not KERNEL.takes(head_dim, dtype):
+        raise BadInput(
+            f"attention kernel 'flash_gpu' takes a head_dim of 16, 32, ... or {max(_TILES)} in bfloat16 or float32, "
+            f"not {head_dim} in {dtype}; take 'xla_blocked'"
+        )
     if dtype == jnp.float32:
         return _FLOAT32_TILES
     return _TILES[min(up_to for up_to in _TILES if up_to >= head_dim)]

@@ -28,6 +28,7 @@ from bloomjax.hopper_blocks import (
     Launch,
     across,
     down,
+    plus,
 )
 
 HEAD_DIMS = (64, 80, 96, 128)
@@ -50,10 +51,15 @@ class HopperKernel:
     def _options(self) -> dict[str, Any]:
         return {"num_stages": self.num_stages, "interpret": self.interpret}
 
+    def takes(self, head_dim: int, dtype: Any) -> bool:
+        return head_dim in HEAD_DIMS and dtype == jnp.bfloat16
+
     def block_sizes(self, length: int, head_dim: int) -> tuple[int, int]:
         if head_dim not in HEAD_DIMS:
             there = ", ".join(map(str, HEAD_DIMS))
-            raise BadInput(f"attention for Hopper: no head_dim {head_dim}; there are {there}")
+            raise BadInput(
+                f"attention kernel 'flash_hopper' has no head_dim {head_dim}, there are {there}; take 'flash_gpu'"
+            )
         return BLOCK, BLOCK
 
     def forward(self, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -98,12 +104,12 @@ def require_hopper(device: Any) -> None:
         what = f"{device.platform} {device.device_kind}".strip()
         what += f" of compute capability {capability}" if capability else ""
         raise BadInput(
-            f"attention for Hopper: needs compute capability 9.0 (H100, H200), got {what}"
+            f"attention kernel 'flash_hopper' needs compute capability 9.0 (H100, H200), got {what}; take 'flash_gpu'"
         )
 
 
 def _reads(inputs: Inputs) -> dict[str, jax.Array]:
-    """By name; `limits` and `full` only if there are documents or last keys.
+    """By name; `slopes` only if there is a bias, `limits` and `full` only if there are documents or last keys.
 
     limits: first and last key of each query, int32 [B, 2, L]: documents grow along the row, so that the keys a query
       sees are neighbours.
@@ -111,8 +117,12 @@ def _reads(inputs: Inputs) -> dict[str, jax.Array]:
     """
     q_BLHK, k_BSHK, v_BSHK, slopes_H, documents_BL, last_BL, _ = inputs
     if q_BLHK.dtype != jnp.bfloat16:
-        raise BadInput(f"attention for Hopper: takes bfloat16, got {q_BLHK.dtype}")
-    reads = {"q": q_BLHK, "k": k_BSHK, "v": v_BSHK, "slopes": slopes_H}
+        raise BadInput(
+            f"attention kernel 'flash_hopper' takes bfloat16, got {q_BLHK.dtype}; take 'flash_gpu'"
+        )
+    reads = {"q": q_BLHK, "k": k_BSHK, "v": v_BSHK}
+    if slopes_H is not None:
+        reads["slopes"] = slopes_H
     if documents_BL is None and last_BL is None:
         return reads
     B, L, _, _ = q_BLHK.shape
@@ -164,7 +174,7 @@ def _forward(b: Block) -> None:
         q, shape, is_partial = b.smem["q"].at[b.group], (ROWS, BLOCK), b.limits(m)
         row, limits = _row_limits(b, row0)
         column = b.numbers(BLOCK, OF_COLUMNS)
-        column_bias = column.astype(jnp.float32) * b.slope
+        column_bias = b.bias(column)
 
         def meet():
             b.arrive("turn", 0)
@@ -176,14 +186,15 @@ def _forward(b: Block) -> None:
             b.wait("k_ready", slot)
             scores = b.product(q, b.smem["k"].at[slot], meet)
             b.arrive("k_free", slot)
-            scores = scores * (b.scale * LOG2_E) + across(column_bias, shape)
+            scores = plus(scores * (b.scale * LOG2_E), across(column_bias, shape))
             scores = _hide(
                 scores, _MASKED, is_partial(n), lambda: across(column, shape), lambda: limits(n * BLOCK, shape)
             )  # fmt: skip
             # The bias is slope * (column + position of the tile - row): what all columns share goes into the maximum.
-            row_bias = (n * BLOCK - row).astype(jnp.float32) * b.slope
-            new_top = jnp.maximum(top, scores.max(axis=1) + row_bias)
-            p = jnp.exp2(scores - down(new_top - row_bias, shape))
+            row_bias = b.bias(n * BLOCK - row)
+            new_top = jnp.maximum(top, plus(scores.max(axis=1), row_bias))
+            top_here = new_top if row_bias is None else new_top - row_bias
+            p = jnp.exp2(scores - down(top_here, shape))
             shrink = jnp.exp2(top - new_top)
             total = total * shrink + p.sum(axis=1)
             o = o * down(shrink, o.shape)
@@ -228,15 +239,15 @@ def _backward_dq(b: Block) -> None:
         row, limits = _row_limits(b, row0)
         lse, delta = b.read(lse, OF_ROWS) * LOG2_E, b.read(delta, OF_ROWS)
         column = b.numbers(ROWS, OF_COLUMNS)
-        column_bias = column.astype(jnp.float32) * b.slope
+        column_bias = b.bias(column)
 
         def step(i, dq):
             key0, slot = (first + i) * ROWS, lax.rem(i, b.num_slots)
             k, v = b.smem["k"].at[slot], b.smem["v"].at[slot]
-            row_bias = (key0 - row).astype(jnp.float32) * b.slope - lse
+            row_bias = plus(-lse, b.bias(key0 - row))
 
             def softmax(scores):
-                scores = scores * (b.scale * LOG2_E) + across(column_bias, shape)
+                scores = plus(scores * (b.scale * LOG2_E), across(column_bias, shape))
                 p = jnp.exp2(scores + down(row_bias, shape))
                 return _hide(
                     p, 0.0, is_partial(lax.div(key0, BLOCK)),
@@ -266,7 +277,7 @@ def _backward_dkv(b: Block) -> None:
         b.load_rows(row0)
         k, v, shape = b.smem["k"].at[b.group], b.smem["v"].at[b.group], (ROWS, ROWS)
         row, column = b.numbers(ROWS, OF_ROWS) + row0, b.numbers(ROWS, OF_COLUMNS)
-        column_bias = column.astype(jnp.float32) * b.slope
+        column_bias = b.bias(column)
 
         def step(i, carry):
             dk, dv = carry
@@ -281,10 +292,9 @@ def _backward_dkv(b: Block) -> None:
                 return tuple(across(b.read(ref, OF_COLUMNS), shape) for ref in refs)
 
             def softmax(scores):
-                bias = column_bias + b.read(lse, OF_COLUMNS) * LOG2_E
-                scores = scores * (b.scale * LOG2_E) - across(bias, shape)
-                row_bias = (row - query0).astype(jnp.float32) * b.slope
-                p = jnp.exp2(scores + down(row_bias, shape))
+                shift = plus(b.read(lse, OF_COLUMNS) * LOG2_E, column_bias)
+                scores = scores * (b.scale * LOG2_E) - across(shift, shape)
+                p = jnp.exp2(plus(scores, down(b.bias(row - query0), shape)))
                 return _hide(p, 0.0, is_partial, lambda: down(row, shape), limits)
 
             b.wait("q_ready", slot)

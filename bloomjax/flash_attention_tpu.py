@@ -11,6 +11,7 @@ queries. Numbers of one token each ("rows") are [.., 1, L] in memory, so that to
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,9 @@ class TpuKernel:
     stretch_bytes: int = 2**21
     interpret: bool = False
 
+    def takes(self, head_dim: int, dtype: Any) -> bool:
+        return head_dim <= MAX_HEAD_DIM and dtype in (jnp.float32, jnp.bfloat16)
+
     def block_sizes(self, length: int, head_dim: int) -> tuple[int, int]:
         """The largest size that pads `length` by at most an eighth, or no more than the smallest does."""
         most = self.block_tokens * _LANES // max(_LANES, _padded(head_dim))
@@ -84,21 +88,22 @@ class _Call:
         # The last key of each query, the document of each token; neither: a plain causal window.
         self.has_last_key = inputs.last_key_BL is not None
         self.has_documents = inputs.documents_BL is not None
+        self.has_bias = inputs.slopes_H is not None
         self.is_causal = not (self.has_last_key or self.has_documents)
         self.stretch_n = _stretch(kernel.stretch_bytes, self.num_n, self.block_k, self)
         self.stretch_m = _stretch(kernel.stretch_bytes // 2, self.num_m, self.block_q, self)
         self.num_c = pl.cdiv(self.num_m, self.stretch_m)
-        if self.K > MAX_HEAD_DIM:
+        if not kernel.takes(self.K, self.dtype):
             raise BadInput(
-                f"the TPU flash kernel takes head_dim up to {MAX_HEAD_DIM}, got {self.K}"
+                f"attention kernel 'flash_tpu' takes a head_dim up to {MAX_HEAD_DIM} in bfloat16 or float32, "
+                f"not {self.K} in {self.dtype}; take 'xla_blocked'"
             )
-        if self.dtype not in (jnp.float32, jnp.bfloat16):
-            raise BadInput(f"the TPU flash kernel takes float32 or bfloat16, got {self.dtype}")
         ranges_bytes = 8 * self.B * self.H * max(self.num_m, self.num_n + self.num_c)
         if ranges_bytes > MAX_RANGES_BYTES:
             raise BadInput(
-                f"{self.B} x {self.L} tokens with {self.H} heads on one device: the TPU flash kernel would need "
-                f"{ranges_bytes} bytes for its ranges of blocks and has {MAX_RANGES_BYTES}; use more microsteps"
+                f"{self.B} x {self.L} tokens with {self.H} heads on one device: attention kernel 'flash_tpu' would "
+                f"need {ranges_bytes} bytes for its ranges of blocks and has {MAX_RANGES_BYTES}; take a smaller "
+                "StepOptions.microbatch_size_samples"
             )
 
     def cost(self, num_products: int, num_calls: int = 1) -> pl.CostEstimate:
@@ -116,6 +121,13 @@ class _Call:
             transcendentals=num_scores // num_calls,
             bytes_accessed=(num_products + 2) * array_bytes // num_calls,
         )
+
+    def slopes(self, inputs: Inputs) -> jax.Array:
+        """float32 [H]; read only where there is a bias."""
+        return (inputs.slopes_H if self.has_bias else jnp.zeros(self.H)).astype(jnp.float32)
+
+    def slope(self, slopes_ref, h):
+        return slopes_ref[h] * _LOG2_E if self.has_bias else None
 
     def visible(self, q_position, k_position, q_rows, k_rows):
         """bool, of a block in either orientation; `q_rows` and `k_rows` are those of its queries and keys (`_rows`)."""
@@ -179,9 +191,11 @@ def _widen(column, size):
 
 
 def _log2_scores(products, slope, q_position, k_position, visible):
-    """Biased and masked scores, float32, from products that are scaled; in units of log2, as `slope` is, for exp2."""
-    distance = k_position.astype(jnp.float32) - q_position.astype(jnp.float32)
-    scores = products + slope * distance
+    """Biased (unless slope is None) and masked scores, float32, from products that are scaled; in units of log2, as
+    `slope` is, for exp2."""
+    scores = products
+    if slope is not None:
+        scores += slope * (k_position.astype(jnp.float32) - q_position.astype(jnp.float32))
     return scores if visible is None else jnp.where(visible, scores, _MASKED)
 
 
@@ -200,7 +214,7 @@ def _forward_kernel(call, first_ref, end_ref, slopes_ref, q_ref, k_ref, v_ref, q
     b, h, m, j = (pl.program_id(axis) for axis in range(4))
     block_q, block_k = call.block_q, call.block_k
     at = (b * call.H + h) * call.num_m + m
-    first, end, slope = first_ref[at], end_ref[at], slopes_ref[h] * _LOG2_E
+    first, end, slope = first_ref[at], end_ref[at], call.slope(slopes_ref, h)
     # After the last stretch with a needed block the loops are empty.
     here = (lax.div(first, call.stretch_n) + j) * call.stretch_n
 
@@ -276,7 +290,7 @@ def _forward(call: _Call, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         cost_estimate=call.cost(2),
         interpret=call.interpret,
         name="flash_forward",
-    )(*ranges, inputs.slopes_H.astype(jnp.float32), *arrays, rows, rows)
+    )(*ranges, call.slopes(inputs), *arrays, rows, rows)
     return jnp.swapaxes(context_BHLK, 1, 2), lse_BH1L[:, :, 0]
 
 
@@ -290,7 +304,7 @@ def _backward_kernel(call, c_ref, key_first_ref, key_end_ref, query_first_ref, q
     b, h, j = (pl.program_id(axis) for axis in range(3))
     block_q, block_k, scale = call.block_q, call.block_k, call.K**-0.5
     at = b * call.H + h
-    slope, here = slopes_ref[h] * _LOG2_E, c_ref[0] * call.stretch_m
+    slope, here = call.slope(slopes_ref, h), c_ref[0] * call.stretch_m
     n, end_n = key_first_ref[at] + j, key_end_ref[at]
 
     @pl.when(j == 0)
@@ -371,7 +385,7 @@ def _backward_of_stretch(call: _Call, inputs: Inputs, arrays, sums, c_and_range)
     keys, _, key_row = _specs(call.block_k, K, block_of)
     blocks = inputs.blocks
     ranges = key_first_BH, key_end_BH, blocks.query_first_BHN, blocks.query_end_BHN
-    scalars = c[None], *(a.reshape(-1) for a in ranges), inputs.slopes_H.astype(jnp.float32)
+    scalars = c[None], *(a.reshape(-1) for a in ranges), call.slopes(inputs)
     before_sums = len(scalars) + len(arrays) + 2 * len(rows)
     key_grad = jax.ShapeDtypeStruct((B, H, L, K), jnp.float32 if sums else call.dtype)
     dq, dk, dv = pl.pallas_call(

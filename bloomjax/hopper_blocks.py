@@ -135,7 +135,12 @@ class Block:
         self.scale = self.K**-0.5
         names = "batch", "head", "block", "warpgroup"
         self.batch, self.head, self.number, self.group = map(lax.axis_index, names)
-        self.slope = gmem["slopes"][self.head] * LOG2_E  # scores are in powers of two
+        # Scores are in powers of two. None: no bias.
+        self.slope = gmem["slopes"][self.head] * LOG2_E if "slopes" in gmem else None
+
+    def bias(self, distance):
+        """Float32; None without slopes."""
+        return None if self.slope is None else distance.astype(jnp.float32) * self.slope
 
     def range(self, block):
         """The blocks that one needs: their first, and how many."""
@@ -264,11 +269,15 @@ class Block:
         return pl.run_state(body)([plgpu.WGMMAAccumulatorRef.init(acc) for acc, _, _ in terms])
 
 
+def plus(x, bias):
+    return x if bias is None else x + bias
+
+
 def down(vector, shape):
-    """A number of each row, in all columns."""
-    return lax.broadcast_in_dim(vector, shape, [0])
+    """A number of each row, in all columns; None of None."""
+    return None if vector is None else lax.broadcast_in_dim(vector, shape, [0])
 
 
 def across(vector, shape):
-    """A number of each column, in all rows."""
-    return lax.broadcast_in_dim(vector, shape, [1])
+    """A number of each column, in all rows; None of None."""
+    return None if vector is None else lax.broadcast_in_dim(vector, shape, [1])

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from bloomjax import out_of_memory
 from bloomjax.errors import EXIT_RESTART, Unreachable
 
 _LISTEN_SECONDS = 0.5
@@ -348,6 +349,8 @@ def fail_with(error: Exception) -> int:
     """`fail` for an exception that nobody has foreseen."""
     if is_lost_peer(error):
         return fail(EXIT_RESTART, f"a peer is lost: {one_line(error)}")
+    if too_much := out_of_memory.line(error):
+        return fail(1, too_much)
     traceback.print_exception(error)
     if is_fault(error):
         return fail(EXIT_RESTART, f"a device or its network failed: {one_line(error)}")

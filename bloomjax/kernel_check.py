@@ -63,9 +63,9 @@ def check_attention_kernel(
             except BadInput:
                 raise
             except Exception as error:
-                line = str(error).strip().splitlines()[0][:200]
+                line = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
                 raise BadInput(
-                    f"attention kernel {name!r} does not run on {where}: {type(error).__name__}: {line}; {_REMEDY}"
+                    f"attention kernel {name!r} does not run on {where}: {line}; {_REMEDY}"
                 ) from None
             with jax.default_matmul_precision("highest"):
                 exact = functools.partial(xla_attention, slopes_H=slopes_H, **masks)

@@ -17,7 +17,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from bloomjax import energy, flops, hlo, jaxpr_flops, preflight, roofline, train_state, train_step
+from bloomjax import (
+    energy,
+    flops,
+    hlo,
+    jaxpr_flops,
+    out_of_memory,
+    preflight,
+    roofline,
+    train_state,
+    train_step,
+)
 from bloomjax.curriculum import LengthCurriculum
 from bloomjax.data import check_filled_shares
 from bloomjax.errors import BadInput
@@ -392,13 +402,6 @@ def _use(mesh: Any):
     return jax.set_mesh(mesh)
 
 
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_TOO_LITTLE = (
-    r"total memory required[^(]*\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
-    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
-)
-
-
 def _refusal(message: str, target: Target) -> dict[str, Any]:
     """What a compiler's error says about memory. BadInput for every other error."""
     option = re.search(r"No such compile option: '?([\w]+)", message)
@@ -406,8 +409,6 @@ def _refusal(message: str, target: Target) -> dict[str, Any]:
         raise BadInput(
             f"target {target.name}: its compiler has no option {option[1]!r} (StepOptions.compiler_options)"
         )
-    for pattern in _TOO_LITTLE:
-        found = re.search(pattern, message)
-        if found:
-            return {"peak_bytes": float(found[1]) * _UNITS[found[2]], "refused": True}
+    if needed := out_of_memory.needed(message):
+        return {"peak_bytes": needed[0], "refused": True}
     raise BadInput(f"target {target.name}: its compiler says: {message.splitlines()[0][:500]}")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from bloomjax import flops, plan_measure, roofline
+from bloomjax import flops, loss_chunks, plan_measure, roofline
 from bloomjax.data import check_filled_shares
 from bloomjax.errors import BadInput
 from bloomjax.partitioning import MeshShape, check_divisible
@@ -198,7 +198,7 @@ def _guess(layout: Layout, setup: Setup, target: Target, assumptions: Assumption
         plan_measure.cluster_of(target, assumptions), mesh_shape, hardware_flops=hardware,
         memory_bytes=traffic, traffic=_traffic(layout, target.num_slices, num_params, num_micro, tokens, c),
     )  # fmt: skip
-    peak = _peak_bytes(layout, num_params, num_micro, tokens / num_micro, setup)
+    peak = _peak_bytes(layout, num_params, num_micro, tokens / num_micro, setup, target.platform)
     return Candidate(layout, peak / _GIB, times.step_seconds, times.no_overlap_seconds)
 
 
@@ -221,7 +221,7 @@ def _traffic(
 
 
 def _peak_bytes(
-    layout: Layout, num_params: int, num_micro: int, tokens: float, setup: Setup
+    layout: Layout, num_params: int, num_micro: int, tokens: float, setup: Setup, platform: str
 ) -> float:
     """Of one device; `tokens` of its rows in one microbatch."""
     c = setup.model.config
@@ -237,5 +237,9 @@ def _peak_bytes(
     weights = layer / t * (2 * 2 + 2 * 4)
     working = tokens * 2 * (3 * D + (6 * D + (3 + inputs) * F) / t)
     vocabulary = c.vocab_size * D / t * (2 + 4 + 4)
-    logits = min(tokens, setup.step.loss_chunk_tokens) * c.vocab_size / t * 12
+    columns = c.vocab_size // t
+    chunk = setup.step.loss_chunk_tokens or loss_chunks.chunk_tokens_for(
+        math.ceil(tokens), columns, D, platform=platform
+    )
+    logits = loss_chunks.chunk_bytes(min(math.ceil(tokens), chunk), columns, platform)
     return state + saved + weights + working + vocabulary + logits

@@ -49,7 +49,7 @@ def check_device(
     try:
         jax.jit(lambda x: x, compiler_options=dict(compiler_options or {})).lower(0.0).compile()
     except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(
             f"StepOptions.compiler_options on {jax.default_backend()}: {reason}"
         ) from None

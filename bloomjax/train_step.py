@@ -39,13 +39,13 @@ class StepOptions:
         microbatches as that takes. None takes them all at once. Gradients are added up in float32, those of the layers'
         weights in BloomConfig.gradient_dtype.
       z_loss: weight of logsumexp^2.
-      loss_chunk_tokens: tokens of one device whose logits exist at a time.
+      loss_chunk_tokens: tokens of one device whose logits exist at a time; None for `loss_chunks.chunk_tokens_for`.
       compiler_options: XLA's, for the program of the train step; a name it does not know is an error.
     """
 
     microbatch_size_samples: int | None = None
     z_loss: float = 0.0
-    loss_chunk_tokens: int = 1024
+    loss_chunk_tokens: int | None = None
     compiler_options: Mapping[str, bool | int | str] | None = None
 
     def __post_init__(self):

@@ -34,7 +34,7 @@ class Common(NamedTuple):
 
     first_block: Any
     end_block: Any
-    slope: Any
+    slope: Any  # None: no bias
     first_key: Any  # of each query; None: 0
     last_key: Any  # of each query; None: its own
     document_end: Any  # of each token; None: the window's
@@ -129,6 +129,8 @@ def dkdv_kernel(
 
 def _begin(common):
     """With the slope's value, for base 2."""
+    if common.slope is None:
+        return common
     return common._replace(slope=common.slope[...] * _LOG2_E)
 
 
@@ -143,8 +145,10 @@ def _scores(own, others, first_q, first_k, common, static, is_masked):
     if static.is_exact:
         distance -= q.astype(jnp.float32)
     scale = jnp.float32(static.head_dim**-0.5 * _LOG2_E)
-    bias = common.slope * distance
-    scores_OT = _fma(_products(own, others), scale, bias, static)
+    if common.slope is None:
+        scores_OT = _products(own, others) * scale
+    else:
+        scores_OT = _fma(_products(own, others), scale, common.slope * distance, static)
     if not is_masked:
         return scores_OT
     rows = pl.ds(first_q, static.tile.step) if static.owns_keys else slice(None)
@@ -159,7 +163,7 @@ def _scores(own, others, first_q, first_k, common, static, is_masked):
 def _shift(num_queries, common, static):
     """What `_scores` has too much, in each of the queries from its first one on."""
     rows = jnp.arange(num_queries).astype(jnp.float32)
-    return rows * (0.0 if static.is_exact else common.slope)
+    return rows * (0.0 if static.is_exact or common.slope is None else common.slope)
 
 
 def _rows(static):

@@ -67,7 +67,21 @@ def test_what_a_kernel_cannot_do_is_named(on):
     ],
 )  # fmt: skip
 def test_auto(platform, length, is_plain, expected):
-    assert attention_kernels._kernel_of(platform, is_plain, length) == expected
+    kernel = attention_kernels._kernel_of(platform, is_plain, length, 64, jnp.dtype("bfloat16"))
+    assert kernel == expected
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "dtype", "expected"),
+    [
+        ("gpu", 80, "float32", "flash_gpu"), ("gpu", 160, "bfloat16", "xla_blocked"),
+        ("gpu", 8, "bfloat16", "xla_blocked"), ("gpu", 64, "float16", "xla_blocked"),
+        ("tpu", 160, "bfloat16", "flash_tpu"), ("tpu", 264, "bfloat16", "xla_blocked"),
+    ],
+)  # fmt: skip
+def test_auto_takes_what_the_kernel_has(platform, head_dim, dtype, expected):
+    kernel = attention_kernels._kernel_of(platform, True, 64, head_dim, jnp.dtype(dtype))
+    assert kernel == expected
 
 
 def test_auto_is_the_plain_kernel_here():

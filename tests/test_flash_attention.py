@@ -25,6 +25,10 @@ class PlainKernel:
     block_q: int = 16
     block_k: int = 8
 
+    def takes(self, head_dim, dtype):
+        del head_dim, dtype
+        return True
+
     def block_sizes(self, length, head_dim):
         del length, head_dim
         return self.block_q, self.block_k
@@ -37,7 +41,8 @@ class PlainKernel:
         position_1L = jnp.arange(L)[None]
         scores = jnp.einsum("BLHK,BSHK->BHLS", q, k) * K**-0.5
         distance = position_1L - position_1L.T
-        scores += (slopes[:, None, None] * distance[None])[None]
+        if slopes is not None:
+            scores += (slopes[:, None, None] * distance[None])[None]
         last_key = position_1L if last_key is None else last_key
         seen = (position_1L[None] <= last_key[:, :, None])[:, None]
         if documents is not None:

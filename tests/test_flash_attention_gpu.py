@@ -219,9 +219,13 @@ def test_what_is_skipped_is_not_read():
 @pytest.mark.parametrize(
     ("K", "dtype", "words"),
     [
-        (72, jnp.bfloat16, "'flash_gpu' takes a head_dim of 16, 32, ... or 128, not 72"),
+        (
+            72,
+            jnp.bfloat16,
+            "'flash_gpu' takes a head_dim of 16, 32, ... or 128 in bfloat16 or float32, not 72 in",
+        ),
         (256, jnp.bfloat16, "not 256"),
-        (64, jnp.float16, "'flash_gpu' has no dtype float16; there are bfloat16, float32"),
+        (64, jnp.float16, "not 64 in float16; take 'xla_blocked'"),
     ],
 )
 def test_what_it_cannot_do(K, dtype, words):

@@ -203,6 +203,13 @@ def test_against_float64(B, L, H, K, spread, kind):
 
 
 @pytest.mark.slow
+def test_without_a_bias():
+    *arrays, slopes = problem(200, 1, 64)
+    want, bounds = map(without_lse, reference(*arrays, 0 * slopes))
+    check(run(INTERPRETED, *arrays, None, skip_far_blocks=False), want, bounds)
+
+
+@pytest.mark.slow
 def test_skipping_changes_nothing():
     L, slopes = 3 * BLOCK, jnp.array([0.5])
     *arrays, _ = problem(L, 1, 64, spread=0.1)
@@ -240,14 +247,16 @@ def test_bad_input():
 MISSING = targets.parse("1xh100").missing()
 
 
-def traced(K, kinds=(), shape=(2, 2048, 16), sharding=None):
+def traced(K, kinds=(), shape=(2, 2048, 16), sharding=None, has_bias=True):
     """Of context, dq, dk and dv."""
     array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     x, slopes = array((*shape, K), jnp.bfloat16), array(shape[2:], jnp.float32)
     seen = {name: array(shape[:2], jnp.int32) for name in kinds}
 
     def all_four(q, k, v, g, slopes, seen):
-        attention = lambda *qkv: flash_attention(KERNEL, *qkv, slopes, **seen)  # noqa: E731
+        bias = {} if has_bias else {"skip_far_blocks": False}
+        slopes = slopes if has_bias else None
+        attention = lambda *qkv: flash_attention(KERNEL, *qkv, slopes, **bias, **seen)  # noqa: E731
         return context_and_grads(attention, q, k, v, g)
 
     return jax.jit(all_four).trace(x, x, x, x, slopes, seen)
@@ -259,6 +268,15 @@ def test_lowered(K, kinds):
     text = program.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 3
     assert "2048x2048" not in text
+
+
+def test_lowered_without_a_bias():
+    """Nothing is multiplied by slopes of 0: the kernels do not read any."""
+    slopes = re.compile(r"custom_call @mosaic_gpu.*tensor<16xf32>")
+    for has_bias, num in ((True, 3), (False, 0)):
+        text = traced(64, has_bias=has_bias).lower(lowering_platforms=("cuda",)).as_text()
+        assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 3
+        assert len(slopes.findall(text)) == num
 
 
 def estimated_flops(jaxpr):

@@ -267,8 +267,11 @@ def test_flops_are_those_of_the_blocks_with_a_visible_key(L):
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        (abstract(1, 256, 2, 264), "head_dim up to 256, got 264"),
-        (abstract(1, 256, 2, 64, jnp.float16), "float32 or bfloat16, got float16"),
+        (
+            abstract(1, 256, 2, 264),
+            "takes a head_dim up to 256 in bfloat16 or float32, not 264 in bfloat16; take 'xla_blocked'",
+        ),
+        (abstract(1, 256, 2, 64, jnp.float16), "not 64 in float16"),
         (abstract(1024, 128, 112, 64), "1024 x 128 tokens with 112 heads on one device"),
     ],
 )

@@ -14,7 +14,7 @@ from bloomjax import config
 
 # A module imports only from its own layer and those below; verbs stand above all others.
 LAYERS = (
-    {"errors", "files", "examples"},
+    {"errors", "files", "examples", "out_of_memory"},
     {
         "config",
         "attention",
