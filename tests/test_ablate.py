@@ -133,6 +133,10 @@ def test_the_table_has_a_row_a_quantity():
     assert cells["boolq (acc)"][:2] == ["0.500 ± 0.000", "-"]
     assert cells["loss in bb"][:2] == ["5.100 ± 0.141", "6.100 ± 0.141"]
     assert len({len(line) for line in lines}) == 1  # aligned
+    groups["b"] = [dataclasses.replace(r, bits_per_byte=None) for r in groups["b"]]
+    table = ablate_table.markdown(list(groups), ablate_table.rows(groups))
+    bits = next(line for line in table.splitlines() if "bits per byte" in line)
+    assert bits.split("|")[3].strip() == "-"
     said = "\n".join(ablate_table.remarks(groups, rows))
     assert "without bb, too short" in said and "b: no loss at 32 tokens: too long" in said
 
