@@ -1,4 +1,5 @@
-"""Held-out loss of trained models at multiples of their training length, on the same tokens at each."""
+"""Held-out loss of trained models at multiples of their training length, on the same tokens at each, under their own
+objective."""
 
 import functools
 import json
