@@ -9,7 +9,6 @@ may name other text, another mesh or dtype.
 
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,16 +117,15 @@ def evaluate_losses() -> None:
     batches = config.build("train.eval_data").batches(data, mesh)
     with jax.set_mesh(mesh):
         found = held_out_losses(jax.jit(make_eval_step(model, options)), params, batches)
-    bits = language_report.held_out_bits_per_byte(found["loss_by_language"], data.sources)
-    found["bits_per_byte_by_language"] = bits
-    found["validation_bits_per_byte"] = statistics.fmean(bits.values())
+    found |= language_report.bits_of(found["loss_by_language"], data.sources, data.objective)
     if _JSON.value:
         print(json.dumps({"step": trained.step, **found}))
         return
     print(f"{model_dir}, step {trained.step}: held-out loss in nats a token")
     print_columns([f"{name:<16}{loss:6.3f}" for name, loss in found["loss_by_language"].items()])
     print(f"all languages: {found['validation_loss']:.3f}")
-    print(f"bits per byte, mean over languages: {found['validation_bits_per_byte']:.3f}")
+    if "validation_bits_per_byte" in found:
+        print(f"bits per byte, mean over languages: {found['validation_bits_per_byte']:.3f}")
 
 
 def evaluate_tasks(beside: Sequence[results_table.Results]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bloomjax.objectives import Objective
 from bloomjax.phases import PhasedMixture
 from bloomjax.skips import KeptSamples
 from bloomjax.token_store import TRAIN, VALIDATION, TokenStore
@@ -109,33 +110,45 @@ def epochs_seen(mixture: Mixture, sources: Sources, num_samples: int) -> dict[st
     return found
 
 
-def at_evaluation(
-    losses: Mapping[str, float], mixture: Mixture, sources: Sources, num_samples: int
-) -> dict[str, Any]:
-    """What an evaluation records beside `losses` (by source, nats a token).
-
-    `validation_bits_per_byte` is the mean over languages, each counting the same.
-    """
+def bits_of(losses: Mapping[str, float], sources: Sources, objective: Objective) -> dict[str, Any]:
+    """`bits_per_byte_by_language`, and `validation_bits_per_byte`, the mean over languages, each counting the same;
+    nothing where the losses of the objective are not those of a token of the text (Objective.predicts_text)."""
+    if not objective.predicts_text():
+        return {}
     bits = held_out_bits_per_byte(losses, sources)
-    epochs = epochs_seen(mixture, sources, num_samples)
     return {
         "bits_per_byte_by_language": bits,
         "validation_bits_per_byte": statistics.fmean(bits.values()),
+    }
+
+
+def at_evaluation(
+    losses: Mapping[str, float],
+    mixture: Mixture,
+    sources: Sources,
+    num_samples: int,
+    objective: Objective,
+) -> dict[str, Any]:
+    """What an evaluation records beside `losses` (by source, nats a token): `bits_of` and `epochs_by_language`."""
+    epochs = epochs_seen(mixture, sources, num_samples)
+    return {
+        **bits_of(losses, sources, objective),
         "epochs_by_language": {name: round(epochs[name], 6) for name in sorted(epochs)},
     }
 
 
 def markdown_table(record: Mapping[str, Any], shares: Mapping[str, float]) -> str:
-    """The record of an evaluation as a table, worst bits per byte first, for TensorBoard's page of texts."""
-    losses, bits = record["loss_by_language"], record["bits_per_byte_by_language"]
-    epochs = record["epochs_by_language"]
-    lines = ["| language | share | epochs | loss, nats a token | bits per byte |"]
-    lines.append("|---|---:|---:|---:|---:|")
-    for name in sorted(losses, key=lambda name: -bits[name]):
+    """The record of an evaluation as a table, worst bits per byte first, for TensorBoard's page of texts; without bits
+    per byte worst loss first."""
+    losses, epochs = record["loss_by_language"], record["epochs_by_language"]
+    bits = record.get("bits_per_byte_by_language")
+    lines = ["| language | share | epochs | loss, nats a token |", "|---|---:|---:|---:|"]
+    if bits:
+        lines = [f"{lines[0]} bits per byte |", f"{lines[1]}---:|"]
+    for name in sorted(losses, key=lambda name: -(bits or losses)[name]):
         share = "" if name not in shares else f"{shares[name]:.4%}"
-        lines.append(
-            f"| {name} | {share} | {epochs.get(name, 0.0):.3f} | {losses[name]:.3f} | {bits[name]:.3f} |"
-        )
+        line = f"| {name} | {share} | {epochs.get(name, 0.0):.3f} | {losses[name]:.3f} |"
+        lines.append(f"{line} {bits[name]:.3f} |" if bits else line)
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ Dimension key: L sequence_length.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -31,10 +32,12 @@ class Objective:
     Attributes:
       arrays: names of what `row` returns beside "tokens".
       takes_examples: whether it is for stores of inputs and targets, or for those of text.
+      why_no_longer: why the loss in windows longer than those of training says nothing about length; "" where it does.
     """
 
     arrays: ClassVar[tuple[str, ...]] = ()
     takes_examples: ClassVar[bool] = False
+    why_no_longer: ClassVar[str] = ""
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
         """The arrays of a window, int32 [L + 1]; `key` tells it from all others."""
@@ -47,6 +50,11 @@ class Objective:
     def sees_whole_prompt(self) -> bool:
         """Whether tokens of a prompt that is to be continued see those after them."""
         return False
+
+    def predicts_text(self) -> bool:
+        """Whether the mean over targets is the loss of a token of the text: all targets are tokens of it, and not seen
+        where they are predicted. Else there are no bits per byte."""
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +110,9 @@ class PrefixLM(Objective):
     def sees_whole_prompt(self) -> bool:
         return True
 
+    def predicts_text(self) -> bool:
+        return self.targets_only  # a random part of the text
+
     def _texts(self, inputs: np.ndarray) -> list[tuple[int, int]]:
         """Begin and end of what has a prefix of its own, without the token that ends it, which is predicted last."""
         if self.document_end_id is None:
@@ -144,6 +155,7 @@ class SpanCorruption(Objective):
     end_id: int = 2
 
     arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key", "documents")
+    why_no_longer: ClassVar[str] = "SpanCorruption needs sentinels there that were not trained"
 
     def __post_init__(self):
         if not 0 < self.noise_density < 1 or self.mean_span_tokens < 1:
@@ -156,10 +168,10 @@ class SpanCorruption(Objective):
         return self.first_sentinel_id + self.num_sentinels
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
-        """As Objective.row. BadInput if the window needs more sentinels than there are."""
+        """As Objective.row. BadInput if the window needs more sentinels than there are, or is too short for any."""
         rng, length = np.random.default_rng([self.seed, *key]), len(tokens) - 1
-        num_tokens = max(n for n in range(2, length) if self._num_in_row(n) <= length + 1)
-        num_noise, num_spans = self._noise(num_tokens)
+        num_tokens = _num_tokens_of(self, length)
+        num_noise, num_spans = self.noise(num_tokens)
         if num_spans > self.num_sentinels:
             raise BadInput(
                 f"a window of {length} tokens has {num_spans} spans, SpanCorruption.num_sentinels is "
@@ -191,14 +203,27 @@ class SpanCorruption(Objective):
     def sees_whole_prompt(self) -> bool:
         return self.is_bidirectional
 
-    def _noise(self, num_tokens: int) -> tuple[int, int]:
+    def predicts_text(self) -> bool:
+        return False
+
+    def noise(self, num_tokens: int) -> tuple[int, int]:
         """Tokens that are cut out, and spans they make, of a text."""
         num_noise = min(max(round(num_tokens * self.noise_density), 1), num_tokens - 1)
         num_spans = min(max(round(num_noise / self.mean_span_tokens), 1), num_tokens - num_noise)
         return num_noise, num_spans
 
-    def _num_in_row(self, num_tokens: int) -> int:
-        return num_tokens + 2 * self._noise(num_tokens)[1] + 2
+
+@functools.lru_cache
+def _num_tokens_of(objective: SpanCorruption, length: int) -> int:
+    """Tokens of text in a row of `length` to predict: the most that fit beside a sentinel on either side for each span,
+    `<s>` and `</s>`. BadInput if not even two do."""
+    fitting = (n for n in range(2, length) if n + 2 * objective.noise(n)[1] + 2 <= length + 1)
+    found = max(fitting, default=None)
+    if found is None:
+        raise BadInput(
+            f"a window of {length} tokens is too short for SpanCorruption, which needs 5"
+        )
+    return found
 
 
 def _segments(rng: np.random.Generator, num_items: int, num_segments: int) -> np.ndarray:
@@ -227,6 +252,7 @@ class InputsTargets(Objective):
 
     arrays: ClassVar[tuple[str, ...]] = ("token_weights", "last_key", "documents")
     takes_examples: ClassVar[bool] = True
+    why_no_longer: ClassVar[str] = "an example of InputsTargets is no longer in a longer window"
 
     def row(self, tokens: np.ndarray, key: Key) -> Row:
         del key
@@ -258,6 +284,9 @@ class InputsTargets(Objective):
 
     def sees_whole_prompt(self) -> bool:
         return self.is_bidirectional
+
+    def predicts_text(self) -> bool:
+        return False
 
 
 def filling(objective: Objective, length: int) -> Row:

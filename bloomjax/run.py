@@ -420,7 +420,7 @@ class Run:
             for key in [key for key in record if key.endswith("_by_language")]:
                 scalars |= {f"{key}/{name}": x for name, x in record[key].items()}
             self._writer.write_scalars(record["step"], scalars)
-            if "bits_per_byte_by_language" in record:
+            if "epochs_by_language" in record:
                 shares = language_report.declared_shares(self._data.kept, record["samples"])
                 table = language_report.markdown_table(record, shares)
                 self._writer.write_texts(record["step"], {"languages": table})
@@ -599,8 +599,9 @@ class Run:
         with self._ledger.during("evaluate"):
             record |= held_out_losses(self._watched(eval_step), params, batches)
         record |= language_report.at_evaluation(
-            record["loss_by_language"], self._data.kept, self._data.sources, record["samples"]
-        )
+            record["loss_by_language"], self._data.kept, self._data.sources, record["samples"],
+            self._data.objective,
+        )  # fmt: skip
         self._skip_clocks(started)
         self._pending = record
 
@@ -699,13 +700,17 @@ class Run:
 def held_out_losses(
     eval_step: Callable[..., Any], params: Any, batches: Iterable[tuple[list[str], Batch]]
 ) -> dict[str, Any]:
-    """`loss_by_language` and `validation_loss` (the mean over all windows) in nats a token, of EvalData's batches."""
-    losses: dict[str, list[float]] = {}
+    """`loss_by_language` and `validation_loss` of EvalData's batches, in nats: means over targets by their weights, not
+    over windows, as the loss of a step is. BadInput names languages without a target."""
+    sums: dict[str, np.ndarray] = {}  # of the loss, and of the weights
     for languages, batch in batches:
-        row_losses = np.asarray(eval_step(params, batch))
-        for language, loss in zip(languages, row_losses[: len(languages)], strict=True):
-            losses.setdefault(language, []).append(float(loss))
+        rows = np.asarray(eval_step(params, batch), np.float64).T
+        for language, row in zip(languages, rows[: len(languages)], strict=True):
+            sums[language] = sums.get(language, np.zeros(2)) + row
+    if without := [name for name, (_, weight) in sums.items() if not weight]:
+        raise BadInput(f"no target in the held-out windows of: {', '.join(sorted(without))}")
+    total, weight = sum(sums.values(), np.zeros(2))
     return {
-        "loss_by_language": {name: float(np.mean(x)) for name, x in sorted(losses.items())},
-        "validation_loss": float(np.mean([x for part in losses.values() for x in part])),
+        "loss_by_language": {name: float(x / w) for name, (x, w) in sorted(sums.items())},
+        "validation_loss": float(total / weight),
     }

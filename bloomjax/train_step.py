@@ -184,19 +184,15 @@ def make_train_step(
 
 
 def make_eval_step(model: Bloom, options: StepOptions) -> Callable[[Any, Batch], jax.Array]:
-    """eval_step(params, batch) -> mean loss in nats a token of each row, by the tokens' weights, float32 [B]."""
+    """eval_step(params, batch) -> float32 [2, B]: the loss in nats of each row, summed by its tokens' weights, and the
+    sum of these: their quotient is the row's mean, that of their sums over rows the mean over all targets."""
 
     def eval_step(params, batch):
         B, length = batch["tokens"].shape
-        _, nll_BL = row_losses(
-            model, options, params, batch, jnp.ones((B, length - 1), jnp.float32)
-        )
-        if "token_weights" not in batch:
-            return jnp.mean(nll_BL, axis=1)
-        weights_BL = batch["token_weights"]
-        # Rows that only fill the mesh have none.
-        total_B = jnp.maximum(jnp.sum(weights_BL, axis=1), 1e-6)
-        return jnp.sum(nll_BL * weights_BL, axis=1) / total_B
+        ones_BL = jnp.ones((B, length - 1), jnp.float32)
+        _, nll_BL = row_losses(model, options, params, batch, ones_BL)
+        weights_BL = batch.get("token_weights", ones_BL)
+        return jnp.stack([jnp.sum(nll_BL * weights_BL, axis=1), jnp.sum(weights_BL, axis=1)])
 
     return eval_step
 

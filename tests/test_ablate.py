@@ -15,8 +15,10 @@ import tiny_run
 from tiny_run import REPOSITORY, SEQUENCE_LENGTH
 
 from bloomjax import config
+from bloomjax.data import held_out_key
 from bloomjax.errors import BadInput
 from bloomjax.model_dir import open_model_dir
+from bloomjax.objectives import PrefixLM
 from bloomjax.token_store import TokenStore
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -133,6 +135,10 @@ def test_the_table_has_a_row_a_quantity():
     assert cells["boolq (acc)"][:2] == ["0.500 ± 0.000", "-"]
     assert cells["loss in bb"][:2] == ["5.100 ± 0.141", "6.100 ± 0.141"]
     assert len({len(line) for line in lines}) == 1  # aligned
+    groups["b"] = [dataclasses.replace(r, bits_per_byte=None) for r in groups["b"]]
+    table = ablate_table.markdown(list(groups), ablate_table.rows(groups))
+    bits = next(line for line in table.splitlines() if "bits per byte" in line)
+    assert bits.split("|")[3].strip() == "-"
     said = "\n".join(ablate_table.remarks(groups, rows))
     assert "without bb, too short" in said and "b: no loss at 32 tokens: too long" in said
 
@@ -285,6 +291,42 @@ def test_the_loss_at_each_length_is_that_of_the_same_tokens(tiny_text, undisturb
     assert (run.model_dir / "lengths.json").stat().st_mtime_ns == kept
     with pytest.raises(BadInput, match="no language .* has 16000 held-out tokens"):
         ablate_lengths.measure(run.model_dir, [1, 1000])
+
+
+@pytest.mark.slow
+def test_the_loss_at_each_length_is_that_of_the_objective(tiny_text, undisturbed, plan):
+    """Each window with its own prefix; what was measured under another objective is not taken for it."""
+    (run,) = plan("base", (3,))
+    shutil.copytree(undisturbed, run.model_dir)
+    (run.model_dir / "config.gin").write_text(run.text)
+    causal = ablate_lengths.measure(run.model_dir, [1, 2])["lengths"]
+    prefix = "\nTrainData.objective = @PrefixLM()\nPrefixLM.seed = 5\n"
+    (run.model_dir / "config.gin").write_text(run.text + prefix)
+    found = ablate_lengths.measure(run.model_dir, [1, 2])["lengths"]
+    trained, store = open_model_dir(run.model_dir), TokenStore(tiny_text.store_dir)
+    params, span = trained.read_params(), 2 * SEQUENCE_LENGTH
+    for length in (SEQUENCE_LENGTH, span):
+        total = weight = 0.0
+        for language in store.languages:
+            tokens = store.read(language, "validation", 0, span + 1).astype(np.int32)
+            for window in range(span // length):
+                part = tokens[window * length : (window + 1) * length + 1]
+                row = PrefixLM(5).row(part, held_out_key(language, window))
+                last_key = row["last_key"][None]
+                x = trained.model.apply({"params": params}, part[None, :-1], last_key_BL=last_key)
+                logits = trained.model.apply({"params": params}, x, method="logits")
+                logits = np.asarray(logits, np.float64)[0]
+                log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+                total -= (log_p[np.arange(length), part[1:]] * row["token_weights"]).sum()
+                weight += row["token_weights"].sum()
+        assert found[str(length)] == pytest.approx(total / weight, abs=2e-3)
+        assert abs(found[str(length)] - causal[str(length)]) > 5e-3
+    spans = "\nTrainData.objective = @SpanCorruption()\nSpanCorruption.num_sentinels = 8\n"
+    spans += f"SpanCorruption.first_sentinel_id = {tiny_run.VOCAB_SIZE - 8}\n"
+    (run.model_dir / "config.gin").write_text(run.text + spans)
+    found = ablate_lengths.measure(run.model_dir, [1, 2])["lengths"]
+    assert isinstance(found[str(SEQUENCE_LENGTH)], float)
+    assert found[str(span)] == "SpanCorruption needs sentinels there that were not trained"
 
 
 # ---- from end to end ----

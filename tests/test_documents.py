@@ -123,7 +123,7 @@ def test_evaluation(params):
     batch = {"tokens": tokens, "weights": np.ones(2, np.float32)}
     one, plain = (
         np.asarray(
-            jax.jit(make_eval_step(model_of(document_end_id=end), StepOptions()))(params, batch)
+            jax.jit(make_eval_step(model_of(document_end_id=end), StepOptions()))(params, batch)[0]
         )
         for end in (END, None)
     )

@@ -12,7 +12,8 @@ import tiny_run
 from reference_bloom import jit
 
 from bloomjax import config, export, flops, generate
-from bloomjax.activations import Gelu
+from bloomjax.activations import Gated, Gelu, SquaredRelu
+from bloomjax.embedding import head_table
 from bloomjax.positions import LearnedPositions
 
 # BigScience train/tr11-176B-ml/tr11-176B-ml.slurm and smaller_models/*.slurm:
@@ -84,6 +85,8 @@ def test_1b3_is_the_baseline_of_the_comparisons():
     assert (rate.warmup_samples, rate.decay_samples) == (183_105, 73_242_187)
     assert config.build("train.train_samples", "1b3.gin") == 73_242_187
     assert config.build("adamw.b2", "1b3.gin") == 0.999
+    assert config.build("train.seed", "1b3.gin") == 1234
+    assert config.build("TrainData.seed", "1b3.gin") == 1234
     assert config.build("TrainData.sequence_length", "1b3.gin") == 2048
 
 
@@ -107,9 +110,12 @@ OVERLAYS = {
     "sinusoidal": ("1b3.gin", -LENGTH * D),
     "swiglu": ("1b3.gin", _GATED_MLP),
     "geglu": ("1b3.gin", _GATED_MLP),
+    "reglu": ("1b3.gin", _GATED_MLP),
+    "liglu": ("1b3.gin", _GATED_MLP),
     "squared_relu": ("1b3.gin", 0),
     "embed_norm": ("1b3.gin", 2 * D),
     "no_embed_norm": ("1b1.gin", -2 * D),
+    "untied_head": ("1b3.gin", 96 * D),
     "dropout": ("1b1.gin", 0),
     "no_dropout": ("1b3.gin", 0),
 }
@@ -117,7 +123,7 @@ OVERLAYS = {
 
 @functools.cache
 def trained_like(base, overlay=None):
-    """Parameters by path, and the mean loss of a batch with dropout."""
+    """Parameters by path, and the logits of a batch with dropout."""
     overlays = [f"include 'ablations/{overlay}.gin'"] if overlay else []
     model = config.build("train.model", base, [*SMALL, *overlays])
     tokens = np.random.default_rng(0).integers(0, 96, (2, 32), np.int32)
@@ -134,7 +140,7 @@ def trained_like(base, overlay=None):
     x = jit(lambda p, key: run({"params": p}, tokens, rngs={"dropout": key}))(
         params, jax.random.key(1)
     )
-    return flat, np.asarray(x)
+    return flat, np.asarray(x) @ np.asarray(head_table(params)).T
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -147,7 +153,17 @@ def test_ablation_overlays_change_what_they_say(overlay):
     assert flops.num_params(**c.shape) == sum(a.size for a in after.values())
     assert np.isfinite(y).all() and np.abs(x - y).max() > 1e-2
     text = config.find(f"ablations/{overlay}.gin").read_text()
-    assert len(text.splitlines()) <= 10 and re.search(r"arXiv|train/tr\d|tr\d", text)
+    assert 5 <= len(text.splitlines()) <= 10 and re.search(r"arXiv|train/tr\d|tr\d", text)
+
+
+def test_every_kind_of_unit_has_an_overlay():
+    bound = {
+        type(
+            config.build("Bloom.config", "1b3.gin", [f"include 'ablations/{name}.gin'"]).activation
+        )
+        for name in OVERLAYS
+    }
+    assert bound == {Gelu, SquaredRelu, *Gated.__subclasses__()}
 
 
 def test_every_size_takes_every_overlay():

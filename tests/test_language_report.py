@@ -15,6 +15,7 @@ from bloomjax import language_report, token_store, vocabulary
 from bloomjax.errors import BadInput
 from bloomjax.language_report import LanguageRow, bits_per_byte, with_warnings
 from bloomjax.metrics import EventFileWriter, MetricsFile
+from bloomjax.objectives import CausalLM, InputsTargets, PrefixLM, SpanCorruption
 from bloomjax.phases import PhasedMixture, Stretch
 from bloomjax.screen import print_losses
 from bloomjax.vocabulary_report import Counts, Meter, count_words, measure
@@ -211,7 +212,7 @@ def test_what_an_evaluation_records(store):
     mixed = mixture(store, [Stretch(0, {"aa": 0.75, "bb": 0.25}, 8)])
     sources = {name: (store.store, name) for name in store.texts}
     losses = {"aa": 2.0, "bb": 4.0}
-    found = language_report.at_evaluation(losses, mixed, sources, 100)
+    found = language_report.at_evaluation(losses, mixed, sources, 100, CausalLM())
     bits = language_report.held_out_bits_per_byte(losses, sources)
     assert found["bits_per_byte_by_language"] == bits
     assert found["validation_bits_per_byte"] == pytest.approx((bits["aa"] + bits["bb"]) / 2)
@@ -226,6 +227,22 @@ def test_what_an_evaluation_records(store):
         worst, f"{mixed.shares[worst]:.4%}", f"{epochs[worst]:.3f}",
         f"{losses[worst]:.3f}", f"{bits[worst]:.3f}",
     ]  # fmt: skip
+
+
+def test_bits_per_byte_are_of_tokens_of_the_text_alone(store):
+    mixed = mixture(store, [Stretch(0, {"aa": 0.75, "bb": 0.25}, 8)])
+    sources = {name: (store.store, name) for name in store.texts}
+    losses = {"aa": 2.0, "bb": 4.0}
+    with_bits = language_report.at_evaluation(losses, mixed, sources, 100, PrefixLM())
+    assert with_bits["bits_per_byte_by_language"]  # a target is a token from what is before it
+    for objective in (InputsTargets(), SpanCorruption(40, 8), PrefixLM(targets_only=False)):
+        found = language_report.at_evaluation(losses, mixed, sources, 100, objective)
+        assert found == {"epochs_by_language": with_bits["epochs_by_language"]}
+        table = language_report.markdown_table(
+            {"loss_by_language": losses, **found}, mixed.shares
+        ).splitlines()
+        assert [line.count("|") for line in table] == [5] * 4 and "bits" not in table[0]
+        assert table[2].startswith("| bb |") and table[2].endswith("| 4.000 |")
 
 
 def test_rows_of_a_store(store):

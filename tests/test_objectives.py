@@ -26,6 +26,7 @@ from bloomjax.objectives import (
     position_weights,
 )
 from bloomjax.preflight import open_matching_vocabulary
+from bloomjax.run import held_out_losses
 from bloomjax.train_step import (
     StepOptions,
     abstract_batch,
@@ -188,6 +189,26 @@ def test_span_corruption_loses_no_token_of_the_text_it_takes(length):
             SpanCorruption(10_000, 20).row(window, (0, 0))
 
 
+def test_span_corruption_looks_for_its_length_once(monkeypatch):
+    calls, noise = [], SpanCorruption.noise
+    monkeypatch.setattr(SpanCorruption, "noise", lambda self, n: calls.append(n) or noise(self, n))
+    window, objective = np.full(212, 5, np.int32), SpanCorruption(10_000, 200)
+    rows = [objective.row(window, (0, number)) for number in range(3)]
+    assert len(calls) < 212 + 3 and rows[0]["token_weights"].sum() > 0
+    before = len(calls)
+    SpanCorruption(10_000, 200).row(window, (0, 3))  # an equal one
+    assert len(calls) == before + 1
+
+
+def test_a_window_without_room_for_a_span_is_refused():
+    for length in (1, 4):
+        error = f"a window of {length} tokens is too short for SpanCorruption, which needs 5"
+        with pytest.raises(BadInput, match=error):
+            SpanCorruption(10_000, 200).row(np.full(length + 1, 5, np.int32), (0, 0))
+    row = SpanCorruption(10_000, 200).row(np.full(6, 5, np.int32), (0, 0))
+    assert row["tokens"].tolist() == [5, 10_000, 1, 10_000, 5, 2]
+
+
 # Three examples, the second without inputs, and padding before what would be the next one: 10 11 -> 12 13, -> 14,
 # 15 16 -> 17.
 PACKED = [10, 11, 1, 12, 13, 2, 1, 14, 2, 15, 16, 1, 17, 2, 3, 3, 99]
@@ -345,14 +366,40 @@ def test_noise_of_a_part_is_that_of_its_own_mean(params, mesh_of):
     assert float(parts["part_norm"]) == pytest.approx(norm, rel=1e-5)
 
 
-def test_evaluation_is_on_targets(params, mesh_of):
-    objective, mesh = PrefixLM(), mesh_of(1, 1, 1)
-    rows, batch = batch_of(objective, 4, mesh, num_filled=1)
-    found = np.asarray(jit(make_eval_step(model_of(), StepOptions()))(params, batch))
-    reference = reference_bloom.to_float64(params)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_evaluation_is_the_mean_over_targets(params, mesh_of, shape):
+    """Not over rows, which have from one to all of their tokens as targets; as the loss of a step."""
+    mesh, reference = mesh_of(*shape), reference_bloom.to_float64(params)
+    rows, batch = batch_of(PrefixLM(), 8, mesh, num_filled=3)
+    names = ["aa", "bb", "aa", "aa", "bb"]
+    with jax.set_mesh(mesh):
+        step = jit(make_eval_step(model_of(), StepOptions()))
+        sums, weights = np.asarray(step(params, batch))
+        found = held_out_losses(step, params, [(names[:3], batch), (names, batch)])
+    num_targets = [row["token_weights"].sum() for row in rows]
+    assert min(num_targets) < max(num_targets) / 2 and weights.tolist() == [*num_targets, 0, 0, 0]
     expected = [reference_loss(reference, [row], [1]) for row in rows]
-    np.testing.assert_allclose(found[:3], expected, rtol=1e-5)
-    assert found[3] == 0
+    np.testing.assert_allclose(sums[:5] / weights[:5], expected, rtol=1e-5)
+    twice = [*zip(names[:3], rows, strict=False), *zip(names, rows, strict=True)]
+    for name, loss in found["loss_by_language"].items():
+        its = [row for other, row in twice if other == name]
+        assert loss == pytest.approx(reference_loss(reference, its, [1] * len(its)), rel=1e-5)
+    every = reference_loss(reference, [row for _, row in twice], [1] * 8)
+    assert found["validation_loss"] == pytest.approx(every, rel=1e-5)
+    assert abs(np.mean([expected[i] for i in (0, 1, 2, *range(5))]) - every) > 1e-3
+
+
+def test_without_weights_evaluation_is_the_mean_over_windows():
+    losses = np.array([3.25, 4.5, 5.125, 9.0], np.float32)
+    step = lambda params, batch: np.stack([losses * LENGTH, np.full(4, LENGTH, np.float32)])  # noqa: E731
+    found = held_out_losses(step, None, [(["bb", "aa", "bb"], {})])
+    assert found == {
+        "loss_by_language": {"aa": 4.5, "bb": (3.25 + 5.125) / 2},
+        "validation_loss": (3.25 + 4.5 + 5.125) / 3,
+    }
+    step = lambda params, batch: np.zeros((2, 4), np.float32)  # noqa: E731
+    with pytest.raises(BadInput, match="no target in the held-out windows of: aa, bb"):
+        held_out_losses(step, None, [(["bb", "aa"], {})])
 
 
 def test_the_abstract_batch_is_like_a_batch(mesh_of):

@@ -1,4 +1,5 @@
-"""Held-out loss of trained models at multiples of their training length, on the same tokens at each."""
+"""Held-out loss of trained models at multiples of their training length, on the same tokens at each, under their own
+objective."""
 
 import functools
 import json
@@ -11,10 +12,11 @@ import jax
 import numpy as np
 
 from bloomjax import config
-from bloomjax.data import EvalData, OpenTrainData, put_batch
+from bloomjax.data import EvalData, OpenTrainData, held_out_key, put_batch
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
 from bloomjax.model_dir import open_model_dir
+from bloomjax.objectives import identity
 from bloomjax.partitioning import num_batch_shards
 from bloomjax.run import held_out_losses
 from bloomjax.startup import use_compilation_cache
@@ -52,27 +54,30 @@ def batches(
     windows = [(name, w) for name, num in spans.items() for w in range(num * span // length)]
     for first in range(0, len(windows), num_rows):
         part = windows[first : first + num_rows]
-        rows = {}
+        rows, keys = {}, {}
         for row, (name, window) in enumerate(part):
             store, language = data.sources[name]
             rows[row] = store.read_windows(language, "validation", np.array([window]), length)[0]
-        yield [name for name, _ in part], put_batch(rows, num_rows, length + 1, mesh)
+            keys[row] = held_out_key(language, window)
+        names = [name for name, _ in part]
+        yield names, put_batch(rows, num_rows, length + 1, mesh, data.objective, keys)
 
 
 def measure(model_dir: Path, multiples: Sequence[int]) -> dict[str, Any]:
     """{"lengths": {tokens: loss, or the line that says why there is none}, ...} of the newest checkpoint.
 
-    Also kept in MODEL_DIR/lengths.json, which is read where it is of the same checkpoint and multiples.
+    The loss is that of the run's objective. Also kept in MODEL_DIR/lengths.json, which is read where it is of the same
+    checkpoint and multiples.
     """
     trained = open_model_dir(model_dir)
-    asked = {"step": trained.step, "multiples": list(multiples)}
+    build = functools.partial(config.build, gin_file=model_dir / "config.gin")
+    objective = build("train.train_data").objective
+    asked = {"step": trained.step, "multiples": list(multiples), **identity(objective)}
     path = model_dir / FILE
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if {key: kept.get(key) for key in asked} == asked:
             return kept
-    gin_file = model_dir / "config.gin"
-    build = functools.partial(config.build, gin_file=gin_file)
     use_compilation_cache()
     mesh = build("train.mesh").build()
     data, held_out = build("train.train_data").open(), build("train.eval_data")
@@ -85,6 +90,9 @@ def measure(model_dir: Path, multiples: Sequence[int]) -> dict[str, Any]:
     found: dict[str, float | str] = {}
     for multiple in multiples:
         tokens = multiple * length
+        if multiple > 1 and objective.why_no_longer:
+            found[str(tokens)] = objective.why_no_longer
+            continue
         try:
             trained.model.config.positions.check_length(tokens)
         except BadInput as error:

@@ -121,7 +121,7 @@ class Result:
     tokens: int
     tokens_per_second: float
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None  # not with every objective
     loss_by_language: dict[str, float]
     curve: list[tuple[int, float]]  # held-out loss by tokens
     tasks: dict[str, float]
@@ -148,7 +148,7 @@ def read_result(overlay: str, seed: int, model_dir: Path) -> Result | None:
         tokens=last["tokens"],
         tokens_per_second=statistics.median(speeds),
         loss=last["validation_loss"],
-        bits_per_byte=last["validation_bits_per_byte"],
+        bits_per_byte=last.get("validation_bits_per_byte"),
         loss_by_language=last["loss_by_language"],
         curve=[(r["tokens"], r["validation_loss"]) for r in run.records if "validation_loss" in r],
         tasks=read_tasks(model_dir),

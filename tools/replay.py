@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import show_sample
 from absl import flags
@@ -369,11 +370,13 @@ class Replay:
         size = self.options.microbatch_size_samples or -(-len(samples) // num_shards)
         num_rows = size * num_shards
         eval_step = self._programs[3]
-        # Weights are 1, or NaN on purpose.
-        program = jax.jit(
-            lambda params, batch: eval_step(params, batch) * batch["weights"],
-            out_shardings=NamedSharding(self.mesh, PartitionSpec()),
-        )
+
+        def row_means(params, batch):
+            sums_B, weights_B = eval_step(params, batch)
+            # Weights of rows are 1, or NaN on purpose; one of padding alone has no target.
+            return sums_B / jnp.maximum(weights_B, 1e-6) * batch["weights"]
+
+        program = jax.jit(row_means, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         losses: list[float] = []
         for first in range(0, len(samples), num_rows):
             part = samples[first : first + num_rows]
