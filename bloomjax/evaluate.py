@@ -182,6 +182,7 @@ def open_scorer(trained: Trained | HFModel) -> Scorer:
         model, trained.read_params(model, mesh), mesh,
         max_length=_MAX_LENGTH.value or trained.sequence_length,
         batch_tokens=_BATCH_TOKENS.value or _BATCH_TOKENS_OF.get(platform, _BATCH_TOKENS_OF_OTHERS),
+        sees_whole_context=trained.objective.sees_whole_prompt(),
     )  # fmt: skip
 
 
