@@ -41,6 +41,11 @@ class HFModel:
     def path(self) -> Path:
         return self.source.path
 
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """BadInput if the folder has another."""
+        if self.vocabulary and self.vocabulary.fingerprint != vocabulary.fingerprint:
+            raise BadInput(f"{self.path} has another vocabulary than {vocabulary.path}")
+
     def read_params(self, model: Bloom | None = None, mesh: Mesh | None = None) -> Any:
         """float32 parameters of `model` (this one) on `mesh`; the host holds one of them at a time."""
         assert mesh is not None

@@ -83,7 +83,7 @@ class _LanguageModel:
         return [(score.log_probability, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of `max_length` tokens that each predict what no other does; nothing is a prompt."""
+        """Of whole texts, in windows of `max_length` tokens that each predict what no other does; none has a prompt."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows, owners = [], []

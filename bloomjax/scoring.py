@@ -186,8 +186,8 @@ class Scorer:
         self, model: Bloom, params: Any, mesh: Mesh, *, max_length: int, batch_tokens: int,
         sees_whole_context: bool = False,
     ):  # fmt: skip
-        """`max_length` tokens are read of a request, at most; about `batch_tokens` are computed at a time for each shard
-        of the batch. With `sees_whole_context` tokens of a context see those after them, too (Objective).
+        """`max_length` tokens are read of a request, at most; about `batch_tokens` are computed at a time on each device
+        that splits the batch. With `sees_whole_context` tokens of a context see those after them, too.
 
         The layers are looped over, whatever the model says: there are many shapes, each is compiled. A text is one
         document, as in decoding. BadInput if the model has fewer positions.
@@ -295,14 +295,23 @@ def _read(
 
 @functools.partial(jax.jit, static_argnames=("model", "sees_whole_context"))
 def _score_batch(
-    model, params, prefix_BP, valid_BP, suffix_BCS, position_BN, target_BN, *,
+    model,
+    params,
+    prefix_BP,
+    valid_BP,
+    suffix_BCS,
+    position_BN,
+    target_BN,
+    *,
     sees_whole_context=False,
 ):
     """Log-probability of each target and the likeliest token in its place, float32 and int32 [B, N]."""
     B, C, S = suffix_BCS.shape
     P = prefix_BP.shape[1]
     last_key_BS = None
-    if sees_whole_context:  # it ends at the first scored position, with a prefix in each suffix at 0
+    if (
+        sees_whole_context
+    ):  # it ends at the first scored position, with a prefix in each suffix at 0
         last_key_BS = prefix_last_key(position_BN[:, 0] + 1, S)
     if P == 0:  # then there is one text a group
         x_BCSD = model.apply({"params": params}, suffix_BCS[:, 0], last_key_BL=last_key_BS)[:, None]

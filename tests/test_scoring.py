@@ -67,25 +67,29 @@ def ragged(num_questions=14, seed=0):
     return [found[i] for i in order]
 
 
-@functools.cache
-def expected(is_whole=False):
-    """Of `ragged`: the score of each, in float64, after contexts that are seen backwards or as a whole."""
+def exact(request, is_whole=False):
+    """The score of a request in float64, after a context that is seen backwards or as a whole."""
+    context, continuation = request
+    tokens = np.array([*context, *continuation])[-(MAX_LENGTH + 1) :]
+    num = len(continuation)
+    seen = seen_by(len(tokens) - 1, (len(tokens) - num) * is_whole)
     wide = reference_bloom.to_float64(params())
-    found = []
-    for context, continuation in ragged():
-        tokens = np.array([*context, *continuation])[-(MAX_LENGTH + 1) :]
-        num, inputs = len(continuation), tokens[None, :-1]
-        seen = seen_by(len(tokens) - 1, (len(tokens) - num) * is_whole)
-        logits = reference_bloom.logits(wide, inputs, seen=seen)[0, -num:]
-        gold = logits[np.arange(num), continuation]
-        total = (gold - np.log(np.exp(logits).sum(-1))).sum()
-        found.append((total, bool((logits.argmax(-1) == continuation).all())))
-    return found
+    logits = reference_bloom.logits(wide, tokens[None, :-1], seen=seen)[0, -num:]
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    is_greedy = bool((logits.argmax(-1) == continuation).all())
+    return logp[np.arange(num), continuation].sum(), is_greedy
 
 
-def assert_expected(scores, is_whole=False):
-    """Of the first requests of `ragged`."""
-    for score, (total, is_greedy) in zip(scores, expected(is_whole)[: len(scores)], strict=True):
+@functools.cache
+def expected():
+    """Of `ragged`: the score of each."""
+    return [exact(request) for request in ragged()]
+
+
+def assert_expected(scores, wanted=None):
+    """Of the first requests of `ragged`, or `wanted`."""
+    wanted = wanted or expected()[: len(scores)]
+    for score, (total, is_greedy) in zip(scores, wanted, strict=True):
         assert score.log_probability == pytest.approx(total, abs=1e-4)
         assert score.is_greedy == is_greedy
 
@@ -113,27 +117,33 @@ def test_scores_are_those_of_each_text_alone(mesh_of):
 )
 def test_contexts_that_are_seen_as_a_whole(mesh_of, shape):
     """Alone, and shared by endings; and not where they are no prompt."""
-    totals = [[total for total, _ in expected(is_whole)] for is_whole in (True, False)]
-    assert np.mean(np.abs(np.subtract(*totals)) > 0.1) > 0.5  # it matters
-    ours = scorer(mesh_of(*shape), 512, sees_whole_context=True)
-    texts = cut(ragged(), MAX_LENGTH)
-    groups = group_texts(texts, sees_whole_context=True)
-    assert any(len(group.texts) > 2 for group in groups)
-    for group in groups:
-        contexts = {tuple(text.context.tolist()) for text in group.texts}
-        assert len(contexts) == 1 and group.prefix in (0, len(*contexts))
-    sizes = {"batch_tokens": ours.batch_tokens, "row_multiple": ours.batch_tokens // 512}
-    batches = list(batch_groups(groups, **sizes))
-    # A text that shares nothing may stand among those that do.
-    assert any(batch.P and min(g.prefix for g in members) == 0 for batch, _, members in batches)
-    assert_expected(ours.score(ragged()), is_whole=True)
-    if shape == (1, 1, 1):
-        assert_expected(ours.score(ragged()[:12], is_causal=True))
+    question, other = list(range(20)), [*range(19), 39]
+    endings = [[7], [9, 8], list(range(35, 20, -1))]
+    requests = [Request(context, ending) for context in (question, other) for ending in endings]
+    requests += [Request([5, 6, 7], [8, 9]), Request([1], [5])]
+    groups = group_texts(cut(requests, MAX_LENGTH), sees_whole_context=True)
+    # What differs in its last token shares nothing; what shares nothing stands in a batch with the others.
+    assert sorted((group.prefix, len(group.texts)) for group in groups) == [
+        (0, 1),
+        (0, 1),
+        (20, 3),
+        (20, 3),
+    ]
+    ours = scorer(mesh_of(*shape), 2048, sees_whole_context=True)
+    wanted = [exact(request, is_whole=True) for request in requests]
+    assert_expected(ours.score(requests), wanted)
+    assert {shape.P for shape, _ in ours.shapes} == {24}
+    alone = [Request(list(range(38)), [3, 4]), Request([*question, *other, *question], [1, 2, 3])]
+    assert_expected(ours.score(alone), [exact(request, is_whole=True) for request in alone])
+    assert_expected(ours.score(alone, is_causal=True), [exact(request) for request in alone])
+    assert all(
+        abs(exact(r)[0] - exact(r, is_whole=True)[0]) > 1e-3 for r in [*requests[:6], *alone]
+    )
 
 
 @pytest.mark.slow
 def test_on_a_mesh(mesh_of):
-    assert_expected(scorer(mesh_of(2, 2, 2), 128).score(ragged()[:24]))
+    assert_expected(scorer(mesh_of(2, 2, 2), 512).score(ragged()[:24]))
 
 
 @pytest.mark.slow
@@ -146,25 +156,25 @@ def test_with_few_logits_at_a_time_and_long_prefixes_in_pieces(mesh_of, monkeypa
 
 
 def test_few_logits_exist_at_a_time(mesh_of, monkeypatch):
-    """Of 8 texts of 32 scored positions and of 256 of one, a vocabulary of 40: as many on each device as it may have."""
+    """Of 9 texts of 31 scored positions and of 256 of one: as many on each device as it may have."""
 
-    def most_positions(limit, shape, num_rows, mesh):
+    def most_positions(limit, B, N, mesh):
         monkeypatch.setattr(scoring, "_LOGITS_BYTES", limit * 4 * 40 // mesh.shape["tensor"])
-        jax.clear_caches()
         placed = scorer(mesh)
-        arrays = [placed._put(a) for a in scoring.fill(shape, num_rows, [])]
+        arrays = placed._put(np.zeros((B, N, 32), np.float32)), placed._put(np.zeros((B, N), int))
         with jax.set_mesh(mesh):
-            program = scoring._score_batch.lower(placed.model, placed.params, *arrays).compile()
-        sizes = [list(map(int, size.split(","))) for size in re.findall(r"f32\[([\d,]+)\]", program.as_text())]
+            score = jax.jit(functools.partial(scoring._score_tokens, placed.model))
+            text = score.lower(placed.params, *arrays).compile().as_text()
+        sizes = [list(map(int, size.split(","))) for size in re.findall(r"f32\[([\d,]+)\]", text)]
         # With some vocabulary, and no emb_dim: neither the embedding nor hidden states.
         logits = [size for size in sizes if set(size) & {20, 40} and not set(size) & {16, 32}]
         return max(np.prod(size) for size in logits) / (40 // mesh.shape["tensor"])
 
-    one, many, few = mesh_of(1, 1, 1), scoring.Shape(1, 32, 31, 0), scoring.Shape(1, 4, 1, 0)
-    assert most_positions(1000, many, 9, one) == 31 * 9
-    assert most_positions(6, many, 9, one) == 6
-    assert most_positions(6, few, 256, one) == 6
-    assert most_positions(6, few, 256, mesh_of(2, 2, 2)) == 6
+    one = mesh_of(1, 1, 1)
+    assert most_positions(1000, 9, 31, one) == 9 * 31
+    assert most_positions(6, 9, 31, one) == 6
+    assert most_positions(6, 256, 1, one) == 6
+    assert most_positions(6, 256, 1, mesh_of(2, 2, 2)) == 6
 
 
 def test_a_document_end_in_a_context_hides_nothing(mesh_of):
