@@ -186,8 +186,8 @@ class Scorer:
         self, model: Bloom, params: Any, mesh: Mesh, *, max_length: int, batch_tokens: int,
         sees_whole_context: bool = False,
     ):  # fmt: skip
-        """`max_length` tokens are read of a request, at most; about `batch_tokens` are computed at a time on each device
-        that splits the batch. With `sees_whole_context` tokens of a context see those after them, too.
+        """`max_length` tokens are read of a request, at most; about `batch_tokens` are computed at a time on each
+        device that splits the batch. With `sees_whole_context` tokens of a context see those after them, too.
 
         The layers are looped over, whatever the model says: there are many shapes, each is compiled. A text is one
         document, as in decoding. BadInput if the model has fewer positions.
