@@ -34,11 +34,12 @@ def generate_until(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    sees_whole_prompt: bool = False,
 ) -> list[list[int]]:
     """Continues each prompt (token ids, at least one) by up to `max_new_tokens`; a row ends before its </s>.
 
     It stops when `is_done` says so of the new tokens of every row; a row may be longer than where that began.
-    Temperature 0 takes the likeliest token.
+    Temperature 0 takes the likeliest token. `sees_whole_prompt` is as in `decoding.generate`.
     """
     num_blocks = math.ceil(max_new_tokens / _BLOCK_TOKENS)
     num_rows = next_size(len(prompts))
@@ -55,7 +56,8 @@ def generate_until(
     # Not under jax.set_mesh: one token cannot be split over `tensor`. The parameters say where things are computed.
     rows = NamedSharding(mesh, PartitionSpec(partitioning.BATCH_AXES))
     k_valid_BS = jax.device_put(k_valid_BS, rows)
-    logits_BV, cache = _start(model, params, jax.device_put(tokens_BP, rows), k_valid_BS)
+    tokens_BP = jax.device_put(tokens_BP, rows)
+    logits_BV, cache = _start(model, params, tokens_BP, k_valid_BS, sees_whole_prompt)
     for number in range(num_blocks):
         key = jax.random.fold_in(jax.random.key(seed), number)
         start = jnp.int32(P + number * _BLOCK_TOKENS)
@@ -72,10 +74,10 @@ def generate_until(
     return [row[:max_new_tokens] for row in out]
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def _start(model, params, tokens_BP, k_valid_BS):
+@functools.partial(jax.jit, static_argnames=("model", "sees_whole_prompt"))
+def _start(model, params, tokens_BP, k_valid_BS, sees_whole_prompt):
     """float32 logits [B, V] after the prompts, and their cache."""
-    x_B1D, cache = prefill(model, params, tokens_BP, k_valid_BS)
+    x_B1D, cache = prefill(model, params, tokens_BP, k_valid_BS, sees_whole_prompt)
     return model.apply({"params": params}, x_B1D, method="logits")[:, 0], cache
 
 

@@ -4,7 +4,7 @@
     python -m bloomjax.evaluate --checkpoint=MODEL_DIR --tasks=bigscience27     tasks, also of a Hugging Face folder
 
 The configuration of the loss is that of `train`; `--gin_file` in place of `--checkpoint`, later gin files and bindings
-may name other text, another mesh or dtype.
+may name other text, another mesh or dtype. A Hugging Face folder has no text: there `--gin_file` names that of a run.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from bloomjax.errors import BadInput
 from bloomjax.files import one_line_errors, write_whole
 from bloomjax.hf_model import HFModel, open_model
 from bloomjax.lm_eval_model import language_model
+from bloomjax.model import Bloom
 from bloomjax.model_dir import Trained, open_model_dir
 from bloomjax.preflight import check_model, open_matching_vocabulary
 from bloomjax.run import held_out_losses
@@ -32,7 +33,7 @@ from bloomjax.train_step import make_eval_step
 
 _FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "MODEL_DIR of a run, or with --tasks a Hugging Face folder.",
+    "checkpoint", None, "MODEL_DIR of a run, or a Hugging Face folder.",
     flag_values=_FLAGS,
 )  # fmt: skip
 _STEP = flags.DEFINE_integer(
@@ -67,7 +68,7 @@ _BESIDE = flags.DEFINE_multi_string(
     flag_values=_FLAGS,
 )  # fmt: skip
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "Of the compute in tasks; the model's own by default.",
+    "dtype", None, ["float32", "bfloat16"], "Of the compute; the model's own by default.",
     flag_values=_FLAGS,
 )  # fmt: skip
 _MAX_LENGTH = flags.DEFINE_integer(
@@ -103,10 +104,20 @@ def evaluate_losses() -> None:
     """Held-out loss by language. BadInput where `train` would refuse the same configuration, or there is no such
     checkpoint."""
     if _CHECKPOINT.value:
-        config.use_gin_file(Path(_CHECKPOINT.value) / "config.gin")
-    model_dir = Path(_CHECKPOINT.value or config.build("train.model_dir"))
-    trained = open_model_dir(model_dir, _STEP.value)
-    model, options = config.build("train.model"), config.build("train.step")
+        trained = open_model(Path(_CHECKPOINT.value), _STEP.value)
+    else:
+        trained = open_model_dir(Path(config.build("train.model_dir")), _STEP.value)
+    if isinstance(trained, Trained):
+        config.use_gin_file(trained.path / "config.gin")
+        model = _of_dtype(config.build("train.model"))
+    else:
+        if not any(flag.startswith("--gin_file=") for flag in config.arguments()):
+            raise BadInput(
+                f"{trained.path} is a Hugging Face folder and has no held-out text: --gin_file=MODEL_DIR/config.gin "
+                "takes that of a run with this vocabulary; --tasks needs none"
+            )
+        model = _of_dtype(trained.model)
+    options = config.build("train.step")
     mesh = config.build("train.mesh").build()
     use_compilation_cache()
     data = config.build("train.train_data").open()
@@ -121,8 +132,10 @@ def evaluate_losses() -> None:
     if _JSON.value:
         print(json.dumps({"step": trained.step, **found}))
         return
-    print(f"{model_dir}, step {trained.step}: held-out loss in nats a token")
-    print_columns([f"{name:<16}{loss:6.3f}" for name, loss in found["loss_by_language"].items()])
+    step = "" if trained.step is None else f", step {trained.step}"
+    print(f"{trained.path}{step}: held-out loss in nats a token, bits per byte")
+    losses = found["loss_by_language"].items()
+    print_columns([f"{name:<16}{loss:6.3f} {bits[name]:6.3f}" for name, loss in losses])
     print(f"all languages: {found['validation_loss']:.3f}")
     if "validation_bits_per_byte" in found:
         print(f"bits per byte, mean over languages: {found['validation_bits_per_byte']:.3f}")
@@ -163,7 +176,8 @@ def evaluate_tasks(beside: Sequence[results_table.Results]) -> None:
     print(
         f"{path}{step} in {found['dtype']}: {num:,} documents, {seconds:.0f} s, {len(scorer.shapes)} shapes compiled"
     )
-    print(results_table.markdown([results_table.Results("this model", found["results"]), *beside]))
+    ours = results_table.Results("this model", found["results"], found["groups"])
+    print(results_table.markdown([ours, *beside]))
 
 
 def open_scorer(trained: Trained | HFModel) -> Scorer:
@@ -171,16 +185,22 @@ def open_scorer(trained: Trained | HFModel) -> Scorer:
     is_run = isinstance(trained, Trained)
     config.use_gin_file(trained.path / "config.gin" if is_run else "pretrain.gin")
     mesh = config.build("train.mesh").build()
-    model = trained.model
-    if _DTYPE.value:
-        model = type(model)(dataclasses.replace(model.config, dtype=_DTYPE.value))
+    model = _of_dtype(trained.model)
     check_model(model, mesh, [])
     platform = mesh.devices.flat[0].platform
     return Scorer(
         model, trained.read_params(model, mesh), mesh,
         max_length=_MAX_LENGTH.value or trained.sequence_length,
         batch_tokens=_BATCH_TOKENS.value or _BATCH_TOKENS_OF.get(platform, _BATCH_TOKENS_OF_OTHERS),
+        sees_whole_context=trained.objective.sees_whole_prompt(),
     )  # fmt: skip
+
+
+def _of_dtype(model: Bloom) -> Bloom:
+    """That of --dtype, or its own."""
+    if not _DTYPE.value:
+        return model
+    return Bloom(dataclasses.replace(model.config, dtype=_DTYPE.value))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

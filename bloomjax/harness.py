@@ -124,6 +124,7 @@ def run_tasks(
         results[task] = row
     return {
         "results": results,
+        "groups": sorted(found.get("groups", {})),
         "num_documents": {t: n["effective"] for t, n in found["n-samples"].items()},
         "num_fewshot": {t: found["n-shot"].get(t) for t in results},
         "task_versions": {t: found["versions"].get(t) for t in results},

@@ -15,6 +15,7 @@ from bloomjax.files import one_line_errors
 from bloomjax.hf_folder import CONFIG, HFFolder
 from bloomjax.model import Bloom
 from bloomjax.model_dir import Trained, open_model_dir
+from bloomjax.objectives import CausalLM, Objective
 from bloomjax.train_state import abstract_params
 from bloomjax.vocabulary import Vocabulary, open_vocabulary
 
@@ -26,6 +27,7 @@ class HFModel:
     Attributes:
       vocabulary: None for a folder without a tokenizer.
       sequence_length: of training, in tokens.
+      objective: what transformers does with any.
     """
 
     source: HFFolder
@@ -33,10 +35,16 @@ class HFModel:
     vocabulary: Vocabulary | None
     sequence_length: int
     step: None = None
+    objective: Objective = CausalLM()
 
     @property
     def path(self) -> Path:
         return self.source.path
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """BadInput if the folder has another."""
+        if self.vocabulary and self.vocabulary.fingerprint != vocabulary.fingerprint:
+            raise BadInput(f"{self.path} has another vocabulary than {vocabulary.path}")
 
     def read_params(self, model: Bloom | None = None, mesh: Mesh | None = None) -> Any:
         """float32 parameters of `model` (this one) on `mesh`; the host holds one of them at a time."""

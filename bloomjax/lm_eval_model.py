@@ -35,6 +35,7 @@ class _LanguageModel:
         super().__init__()
         self._scorer, self._vocabulary = scorer, vocabulary
         self._prefix_token_id = prefix_token_id
+        self._num_generated = 0  # batches: each samples with a seed of its own
         # The context of a question is asked for once with each of its endings.
         self._encode = functools.lru_cache(1 << 12)(lambda text: tuple(vocabulary.encode(text)))
 
@@ -66,6 +67,7 @@ class _LanguageModel:
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
+        is_causal: bool = False,
         **options: Any,
     ) -> list[tuple[float, bool]]:
         del options
@@ -73,6 +75,7 @@ class _LanguageModel:
             scores = self._scorer.score(
                 [Request(context, continuation) for _, context, continuation in requests],
                 bar.update,
+                is_causal=is_causal,
             )
         for (texts, *_), score in zip(requests, scores, strict=True):
             if texts is not None:
@@ -80,7 +83,7 @@ class _LanguageModel:
         return [(score.log_probability, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of `max_length` tokens that each predict what no other does."""
+        """Of whole texts, in windows of `max_length` tokens that each predict what no other does; none has a prompt."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows, owners = [], []
@@ -94,7 +97,7 @@ class _LanguageModel:
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(number)
         found = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm, is_causal=True)
         for number, (log_probability, _) in zip(owners, scores, strict=True):
             found[number] += log_probability
         for request, log_probability in zip(requests, found, strict=True):
@@ -111,9 +114,9 @@ class _LanguageModel:
         found = [""] * len(requests)
         with _bar(len(requests), "generating", disable_tqdm) as bar:
             for numbers in alike.values():
-                options: dict[str, Any] = {
-                    **normalize_gen_kwargs(requests[numbers[0]].args[1], _MAX_NEW_TOKENS)
-                }
+                given = requests[numbers[0]].args[1].items()
+                given = {name: value for name, value in given if value is not None}  # None is off
+                options: dict[str, Any] = {**normalize_gen_kwargs(given, _MAX_NEW_TOKENS)}
                 for batch, prompts in self._prompts(requests, numbers, options["max_gen_toks"]):
                     for number, text in zip(batch, self._generate(prompts, options), strict=True):
                         found[number] = text
@@ -147,7 +150,9 @@ class _LanguageModel:
             temperature=options.get("temperature", 1.0) if is_sampled else 0.0,
             top_k=options.get("top_k", 0) if is_sampled else 0,
             top_p=options.get("top_p", 1.0) if is_sampled else 1.0,
+            seed=self._num_generated, sees_whole_prompt=self._scorer.sees_whole_context,
         )  # fmt: skip
+        self._num_generated += 1
         texts = [decode(row) for row in rows]
         for stop in stops:
             texts = [text.split(stop)[0] for text in texts]

@@ -31,19 +31,24 @@ def next_size(num: int) -> int:
     return size * 3 // 4 if size >= 4 and size * 3 // 4 >= num else size
 
 
-def prefill(model: Bloom, params: Any, tokens_BP, k_valid_BS) -> tuple[jax.Array, Any]:
+def prefill(
+    model: Bloom, params: Any, tokens_BP, k_valid_BS, sees_whole_prompt: bool = False
+) -> tuple[jax.Array, Any]:
     """The last hidden states [B, 1, D] of prompts padded on the left, and their cache of S >= P slots.
 
-    `k_valid_BS` is as in `decoding.next_logits`. P is at most PIECE_TOKENS or a multiple of it (`padded_length`).
+    `k_valid_BS` is as in `decoding.next_logits`. P is at most PIECE_TOKENS or a multiple of it (`padded_length`). With
+    `sees_whole_prompt` each token sees all of its prompt, which then is one piece: a layer needs all keys of it.
     """
     P = tokens_BP.shape[1]
-    piece = min(P, PIECE_TOKENS)
+    piece = P if sees_whole_prompt else min(P, PIECE_TOKENS)
     assert P % piece == 0, P
+    last_key_BL = jnp.full(tokens_BP.shape, P - 1) if sees_whole_prompt else None
 
     def step(variables, tokens_BL, start):
         x_BLD, updated = model.apply(
-            variables, tokens_BL, start=start, k_valid_BS=k_valid_BS, mutable=["cache"]
-        )
+            variables, tokens_BL, start=start, k_valid_BS=k_valid_BS, last_key_BL=last_key_BL,
+            mutable=["cache"],
+        )  # fmt: skip
         return x_BLD[:, -1:], jax.tree.map(_constrain, updated["cache"])
 
     if P == piece:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ class Results:
 
     Attributes:
       name: of the column.
-      metrics: by the harness's names of tasks.
+      metrics: by the harness's names of tasks and groups.
+      groups: which of them are means of others.
     """
 
     name: str
     metrics: Metrics
+    groups: Collection[str] = ()
 
     def main(self, task: str) -> tuple[str, float, float | None] | None:
         """Name, value and standard error of a task's metric; None where it was not measured."""
@@ -54,7 +56,8 @@ def read_results(path: Path) -> Results:
     try:
         if "tokens" in read:
             return _of_every_checkpoint(path, read)
-        return Results(path.stem, {task: _numbers(m) for task, m in read["results"].items()})
+        metrics = {task: _numbers(m) for task, m in read["results"].items()}
+        return Results(path.stem, metrics, list(read.get("groups", [])))
     except (KeyError, IndexError, TypeError, AttributeError):
         raise BadInput(
             f"{path} holds no results: neither those of evaluate --output nor a *_agg.json of BigScience"
@@ -82,8 +85,10 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def markdown(columns: Sequence[Results]) -> str:
     """A row for each task of any column; values in percent where they are shares, with one standard error.
 
-    The last row is the mean accuracy over the tasks that all columns have (or what stands for accuracy).
+    The last row is the mean accuracy over the tasks that all columns have (or what stands for accuracy); a group is no
+    task of its own.
     """
+    groups = {group for column in columns for group in column.groups}
     tasks = list(dict.fromkeys(task for column in columns for task in column.metrics))
     cells = [["task", "metric", *(column.name for column in columns)]]
     shares: list[list[float]] = []
@@ -93,7 +98,7 @@ def markdown(columns: Sequence[Results]) -> str:
         if not names:
             continue
         cells.append([task, " / ".join(names), *map(_cell, found)])
-        if all(each and each[0] in _OF_MEAN for each in found):
+        if task not in groups and all(each and each[0] in _OF_MEAN for each in found):
             shares.append([each[1] for each in found if each])
     if len(shares) > 1:
         means = [f"{statistics.fmean(values):.2%}" for values in zip(*shares, strict=True)]

@@ -4,7 +4,7 @@ Texts that begin alike (the endings of one question) form a group: the prefix go
 goes on from its cache. Logits are made of the scored positions only, a chunk at a time.
 
 Dimension key: B groups, P prefix slots, C texts of a group, S suffix slots, N scored positions of a group,
-V vocabulary, D emb_dim.
+G shards of the batch, T scored positions of a shard, n those of a chunk, V vocabulary, D emb_dim.
 """
 
 import collections
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bloomjax import partitioning
+from bloomjax.attention import prefix_last_key
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
 from bloomjax.prefix_cache import next_size, padded_length, prefill
@@ -73,21 +74,26 @@ class Text:
     targets: np.ndarray
 
     @property
-    def num_given(self) -> int:
-        """Inputs before the first scored position."""
-        return len(self.inputs) - len(self.targets)
+    def context(self) -> np.ndarray:
+        """Inputs up to the one that predicts the first target."""
+        return self.inputs[: len(self.inputs) - len(self.targets) + 1]
 
 
 @dataclasses.dataclass
 class Group:
-    """Texts with their first `prefix` inputs in common, none of them scored."""
+    """Texts with their first `prefix` inputs in common, all of them context."""
 
     prefix: int
     texts: list[Text]
 
     @property
+    def start(self) -> int:
+        """Where suffixes begin: at the last token of the prefix, which may predict the first target."""
+        return max(0, self.prefix - 1)
+
+    @property
     def shape(self) -> Shape:
-        longest = max(len(text.inputs) for text in self.texts) - self.prefix
+        longest = max(len(text.inputs) for text in self.texts) - self.start
         num_scored = sum(len(text.targets) for text in self.texts)
         if self.prefix == 0:
             slots = padded_length(max(longest, _MIN_SLOTS))
@@ -117,24 +123,26 @@ def cut(requests: Sequence[Request], max_length: int) -> list[Text]:
     return texts
 
 
-def group_texts(texts: Sequence[Text]) -> list[Group]:
+def group_texts(texts: Sequence[Text], *, sees_whole_context: bool = False) -> list[Group]:
     """Groups texts with a long common prefix, each text in one group; neighbours in alphabetical order are looked at.
 
     A text joins a group of n texts with prefix p if their common prefix q saves more than the shorter prefix costs the
-    others: q > (n - 1)(p - q).
+    others: q > (n - 1)(p - q). Where tokens of a context see all of it, only the whole can be shared.
     """
     groups: list[Group] = []
-    for text in sorted(texts, key=lambda text: text.inputs.tolist()):
+    for text in sorted(texts, key=lambda text: text.context.tolist()):
         if groups and len(groups[-1].texts) < _MAX_TEXTS_OF_GROUP:
             group = groups[-1]
-            most = min(group.prefix, text.num_given)
+            most = min(group.prefix, len(text.context))
             q = _common_prefix(group.texts[0].inputs[:most], text.inputs[:most])
             saves = q > (len(group.texts) - 1) * (group.prefix - q)
+            if sees_whole_context:
+                saves = q == group.prefix == len(text.context)
             if saves and q >= max(_MIN_PREFIX_TOKENS, len(text.inputs) / 4):
                 group.prefix = q
                 group.texts.append(text)
                 continue
-        groups.append(Group(text.num_given, [text]))
+        groups.append(Group(len(text.context), [text]))
     for group in groups:
         if len(group.texts) == 1:
             group.prefix = 0
@@ -175,9 +183,11 @@ class Scorer:
     """Scores requests with one model on one mesh."""
 
     def __init__(
-        self, model: Bloom, params: Any, mesh: Mesh, *, max_length: int, batch_tokens: int
-    ):
-        """`max_length` tokens are read of a request, at most; about `batch_tokens` are computed at a time.
+        self, model: Bloom, params: Any, mesh: Mesh, *, max_length: int, batch_tokens: int,
+        sees_whole_context: bool = False,
+    ):  # fmt: skip
+        """`max_length` tokens are read of a request, at most; about `batch_tokens` are computed at a time on each
+        device that splits the batch. With `sees_whole_context` tokens of a context see those after them, too.
 
         The layers are looped over, whatever the model says: there are many shapes, each is compiled. A text is one
         document, as in decoding. BadInput if the model has fewer positions.
@@ -189,13 +199,23 @@ class Scorer:
             )
         )
         self.params, self.mesh = params, mesh
-        self.max_length, self.batch_tokens = max_length, batch_tokens
+        self.max_length = max_length
+        self.batch_tokens = batch_tokens * partitioning.num_batch_shards(mesh)
+        self.sees_whole_context = sees_whole_context
         self.shapes: set[tuple[Shape, int]] = set()  # compiled so far
 
     def score(
-        self, requests: Sequence[Request], progress: Callable[[int], object] = lambda num: None
+        self,
+        requests: Sequence[Request],
+        progress: Callable[[int], object] = lambda num: None,
+        *,
+        is_causal: bool = False,
     ) -> list[Score]:
-        """The score of each request; `progress` is told how many more are done. BadInput as in `cut`."""
+        """The score of each request; `progress` is told how many more are done. BadInput as in `cut`.
+
+        `is_causal` for contexts that are the beginning of a text rather than a prompt: no token sees one after it.
+        """
+        sees_whole_context = self.sees_whole_context and not is_causal
         found: list[Score | None] = [None] * len(requests)
         waiting: collections.deque = collections.deque()  # the device works while the host reads
 
@@ -205,16 +225,20 @@ class Scorer:
                 found[text.number] = score
             progress(sum(len(group.texts) for group in groups))
 
-        groups = group_texts(cut(requests, self.max_length))
+        texts = cut(requests, self.max_length)
+        groups = group_texts(texts, sees_whole_context=sees_whole_context)
         shards = partitioning.num_batch_shards(self.mesh)
         with jax.set_mesh(self.mesh):
             for shape, num_rows, members in batch_groups(
-                groups, batch_tokens=self.batch_tokens * shards, row_multiple=shards
+                groups, batch_tokens=self.batch_tokens, row_multiple=shards
             ):
                 shape = self._fit(shape)
                 self.shapes.add((shape, num_rows))
                 arrays = [self._put(a) for a in fill(shape, num_rows, members)]
-                waiting.append((members, _score_batch(self.model, self.params, *arrays)))
+                outputs = _score_batch(
+                    self.model, self.params, *arrays, sees_whole_context=sees_whole_context
+                )
+                waiting.append((members, outputs))
                 if len(waiting) > 1:
                     read()
             while waiting:
@@ -247,7 +271,7 @@ def fill(shape: Shape, num_rows: int, groups: Sequence[Group]) -> list[np.ndarra
             valid_BP[row, P - group.prefix :] = True
         first = 0
         for column, text in enumerate(group.texts):
-            suffix, num = text.inputs[group.prefix :], len(text.targets)
+            suffix, num = text.inputs[group.start :], len(text.targets)
             suffix_BCS[row, column, : len(suffix)] = suffix
             end = column * S + len(suffix)
             position_BN[row, first : first + num] = np.arange(end - num, end)
@@ -269,21 +293,39 @@ def _read(
             first = last
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def _score_batch(model, params, prefix_BP, valid_BP, suffix_BCS, position_BN, target_BN):
+@functools.partial(jax.jit, static_argnames=("model", "sees_whole_context"))
+def _score_batch(
+    model,
+    params,
+    prefix_BP,
+    valid_BP,
+    suffix_BCS,
+    position_BN,
+    target_BN,
+    *,
+    sees_whole_context=False,
+):
     """Log-probability of each target and the likeliest token in its place, float32 and int32 [B, N]."""
     B, C, S = suffix_BCS.shape
     P = prefix_BP.shape[1]
-    if P == 0 and C == 1:
-        x_BCSD = model.apply({"params": params}, suffix_BCS[:, 0])[:, None]
+    last_key_BS = None
+    if (
+        sees_whole_context
+    ):  # it ends at the first scored position, with a prefix in each suffix at 0
+        last_key_BS = prefix_last_key(position_BN[:, 0] + 1, S)
+    if P == 0:  # then there is one text a group
+        x_BCSD = model.apply({"params": params}, suffix_BCS[:, 0], last_key_BL=last_key_BS)[:, None]
     else:
-        k_valid_BS = jnp.pad(valid_BP, ((0, 0), (0, S)), constant_values=True)
-        _, cache = prefill(model, params, prefix_BP, k_valid_BS)
+        start = P - 1  # the prefix's last token is the suffix's first, and takes its slot again
+        k_valid_BS = jnp.pad(valid_BP[:, :start], ((0, 0), (0, S)), constant_values=True)
+        _, cache = prefill(model, params, prefix_BP, k_valid_BS, sees_whole_context)
+        if last_key_BS is not None:
+            last_key_BS += start
 
         def go_on(suffix_BS):
             return model.apply(
-                {"params": params, "cache": cache}, suffix_BS, start=P, k_valid_BS=k_valid_BS,
-                mutable=["cache"],
+                {"params": params, "cache": cache}, suffix_BS, start=start, k_valid_BS=k_valid_BS,
+                last_key_BL=last_key_BS, mutable=["cache"],
             )[0]  # fmt: skip
 
         # Not repeated rows: of the cache of all layers one copy is enough, and one layer's is copied at a time.
@@ -297,20 +339,29 @@ def _score_batch(model, params, prefix_BP, valid_BP, suffix_BCS, position_BN, ta
 
 def _score_tokens(model, params, x_BND, target_BN):
     """The same of hidden states: as many tokens at a time as leave float32 logits in `_LOGITS_BYTES` of a device."""
-    B, N, D = x_BND.shape
+    B, N, _ = x_BND.shape
     mesh = jax.sharding.get_abstract_mesh()
-    fits = _LOGITS_BYTES * max(1, mesh.size) // (4 * B * model.config.vocab_size)
-    n = max(n for n in range(1, N + 1) if N % n == 0 and n <= max(1, fits))
+    G = partitioning.num_batch_shards(mesh)
+    T = B * N // G
+    fits = max(1, _LOGITS_BYTES // (4 * math.ceil(model.config.vocab_size / mesh.shape["tensor"])))
+    num_chunks = math.ceil(T / fits)
+    n = math.ceil(T / num_chunks)
 
-    def chunk(inputs):
-        x_BnD, target_Bn = inputs
-        logits_BnV = model.apply({"params": params}, x_BnD, method="logits")
-        gold_Bn = jnp.take_along_axis(logits_BnV, target_Bn[..., None], axis=2)[..., 0]
-        logp_Bn = gold_Bn - jax.nn.logsumexp(logits_BnV, axis=-1)
-        return logp_Bn, jnp.argmax(logits_BnV, axis=-1).astype(jnp.int32)
+    def chunks(a_BN):
+        """[chunks, G, n, ...]: rows of a shard stay on it."""
+        a_GT = a_BN.reshape(G, T, *a_BN.shape[2:])
+        a_GT = jnp.pad(a_GT, [(0, 0), (0, num_chunks * n - T), *[(0, 0)] * (a_GT.ndim - 2)])
+        return jnp.moveaxis(a_GT.reshape(G, num_chunks, n, *a_GT.shape[2:]), 1, 0)
 
-    if n == N:
-        return chunk((x_BND, target_BN))
-    chunks = x_BND.reshape(B, N // n, n, D), target_BN.reshape(B, N // n, n)
-    outputs = jax.lax.map(chunk, tuple(jnp.moveaxis(a, 1, 0) for a in chunks))
-    return tuple(jnp.moveaxis(a, 0, 1).reshape(B, N) for a in outputs)
+    def score(chunk):
+        x_GnD, target_Gn = chunk
+        x_GnD = partitioning.constrain(x_GnD, PartitionSpec(partitioning.BATCH_AXES))
+        logits_GnV = model.apply({"params": params}, x_GnD, method="logits")
+        spec = PartitionSpec(partitioning.BATCH_AXES, None, "tensor")
+        logits_GnV = partitioning.constrain(logits_GnV, spec)
+        gold_Gn = jnp.take_along_axis(logits_GnV, target_Gn[..., None], axis=2)[..., 0]
+        logp_Gn = gold_Gn - jax.nn.logsumexp(logits_GnV, axis=-1)
+        return logp_Gn, jnp.argmax(logits_GnV, axis=-1).astype(jnp.int32)
+
+    outputs = jax.lax.map(score, (chunks(x_BND), chunks(target_BN)))
+    return tuple(jnp.moveaxis(a, 0, 1).reshape(G, -1)[:, :T].reshape(B, N) for a in outputs)

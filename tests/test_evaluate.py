@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny_run
 
-from bloomjax import evaluate
+from bloomjax import evaluate, export
 
 
 @pytest.fixture
@@ -45,8 +45,12 @@ def test_the_losses_are_those_of_the_run(command, undisturbed):
 def test_for_a_person(command, undisturbed):
     out = command()[1]
     loss = tiny_run.records(undisturbed)[-1]["validation_loss"]
-    assert "step 40: held-out loss in nats a token\naa " in out
-    bits = tiny_run.records(undisturbed)[-1]["validation_bits_per_byte"]
+    assert "step 40: held-out loss in nats a token, bits per byte\n" in out
+    record = tiny_run.records(undisturbed)[-1]
+    for name, loss in record["loss_by_language"].items():
+        line = f"{name:<16}{loss:6.3f} {record['bits_per_byte_by_language'][name]:6.3f}"
+        assert line in out
+    bits = record["validation_bits_per_byte"]
     assert f"all languages: {loss:.3f}\n" in out
     assert out.endswith(f"bits per byte, mean over languages: {bits:.3f}\n")
 
@@ -58,6 +62,26 @@ def test_the_checkpoint_alone_says_the_same(command):
         "--json", "--gin.BloomConfig.dtype='float32'", "--gin.MODEL_DIR='moved'", by_checkpoint=True
     )
     assert other[0] == 0 and other[1] == one[1] != command("--json")[1]
+
+
+def test_a_hugging_face_folder_with_the_text_of_a_run(command, undisturbed, tmp_path, capsys):
+    model_dir, folder = tmp_path / "run", tmp_path / "hf"
+    with pytest.raises(SystemExit) as end:
+        export.main(["export", f"--checkpoint={model_dir}", f"--output={folder}"])
+    assert not end.value.code
+    capsys.readouterr()
+    code, out, err = command("--json", f"--checkpoint={folder}")
+    assert (code, err) == (0, "")
+    found, record = json.loads(out), tiny_run.records(undisturbed)[-1]
+    assert found["step"] is None
+    for name in ("loss_by_language", "bits_per_byte_by_language"):
+        assert found[name] == pytest.approx(record[name], rel=1e-6)
+    assert command(f"--checkpoint={folder}")[1].startswith(f"{folder}: held-out loss")
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["evaluate", f"--checkpoint={folder}"])
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (1, "") and err.count("\n") == 1
+    assert "has no held-out text: --gin_file=MODEL_DIR/config.gin takes that of a run" in err
 
 
 def test_on_another_mesh_in_float32(command):

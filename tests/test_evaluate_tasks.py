@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import tiny_run
 
-from bloomjax import evaluate, export, harness, import_hf
+from bloomjax import evaluate, export, harness, import_hf, lm_eval_model
 from bloomjax.lm_eval_model import language_model
+from bloomjax.scoring import Scorer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness, datasets, torch
 needs_harness = pytest.mark.skipif(
@@ -87,7 +88,7 @@ def hf_folder(checkpoint):
 def open_ours(checkpoint, capsys):
     """open_ours(*flags): the language model that `evaluate` would make of the checkpoint."""
 
-    def call(*flags):
+    def call(*flags, checkpoint=checkpoint):
         found = []
 
         def keep(_):
@@ -146,6 +147,71 @@ def test_ours_is_their_hf_model(documents, open_ours, hf_folder):
     rolling = ours.loglikelihood_rolling(requests, disable_tqdm=True)
     expected = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
     assert rolling == pytest.approx(expected, abs=1e-3, rel=1e-6)
+
+
+@needs_harness
+def test_contexts_of_a_run_with_prefixes(open_ours, checkpoint, tmp_path, documents):
+    """They are seen as a whole; a text without a prompt is as causal as ever."""
+    other = tmp_path / "prefix"
+    shutil.copytree(checkpoint, other)
+    with (other / "config.gin").open("a") as file:
+        file.write("TrainData.objective = @PrefixLM()\n")
+    causal, prefix = open_ours(), open_ours(checkpoint=other)
+    doc = max(documents, key=lambda doc: len(doc["text"]))
+    pair, text = (doc["start"], doc["endings"][0]), (doc["text"],)
+    scores, texts = [], []
+    for ours in (causal, prefix):
+        ((score, _),) = ours.loglikelihood(requests_of("loglikelihood", [pair]), disable_tqdm=True)
+        scores.append(score)
+        texts += ours.loglikelihood_rolling(
+            requests_of("loglikelihood_rolling", [text]), disable_tqdm=True
+        )
+    assert abs(scores[0] - scores[1]) > 1e-3 and texts[0] == texts[1]
+    with mock.patch.object(lm_eval_model, "generate_until", return_value=[[5]]) as generate_until:
+        options = {"until": ["\n"], "max_gen_toks": 5}
+        prefix.generate_until(requests_of("generate_until", [("a", options)]), disable_tqdm=True)
+    assert generate_until.call_args.kwargs["sees_whole_prompt"] is True
+
+
+@needs_harness
+def test_batches_of_generation(tiny_text, mesh_of):
+    """As many prompts as fit on all devices; none samples as another; None is no option."""
+    scorer = Scorer(tiny_run.tiny_model(), {}, mesh_of(2, 2, 2), max_length=16, batch_tokens=20)
+    ours = language_model(scorer, tiny_text.vocabulary)
+    options = {"do_sample": True, "temperature": 0.5, "top_k": None, "top_p": None, "until": None}
+    prompt = next(p for p in "abcdefgh" if len(ours.tok_encode(p)) == 2)
+    requests = requests_of("generate_until", [(prompt, options | {"max_gen_toks": 8})] * 20)
+
+    def generate(model, params, mesh, prompts, is_done, **kwargs):
+        calls.append((len(prompts), kwargs))
+        return [[5]] * len(prompts)
+
+    calls = []
+    with mock.patch.object(lm_eval_model, "generate_until", generate):
+        assert len(ours.generate_until(requests, disable_tqdm=True)) == 20
+        ours.generate_until(requests[:1], disable_tqdm=True)
+    assert [num for num, _ in calls] == [8, 8, 4, 1]  # 80 tokens in 4 shards
+    assert [kwargs["seed"] for _, kwargs in calls] == [0, 1, 2, 3]
+    sampling = [
+        {name: kwargs[name] for name in ("temperature", "top_k", "top_p")} for _, kwargs in calls
+    ]
+    assert sampling == 4 * [{"temperature": 0.5, "top_k": 0, "top_p": 1.0}]
+
+
+@needs_harness
+@pytest.mark.slow
+def test_a_group_is_no_task_of_the_mean(command, checkpoint, task_folder, tmp_path):
+    (task_folder / "group.yaml").write_text(
+        "group: made_up_group\ntask: [made_up_choice, made_up_answer]\naggregate_metric_list:\n  - metric: acc\n"
+    )
+    output = tmp_path / "ours.json"
+    code, out, err = command(
+        evaluate, f"--checkpoint={checkpoint}", "--tasks=made_up_group", "--limit=2",
+        f"--include_path={task_folder}", f"--output={output}",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(output.read_text())["groups"] == ["made_up_group"]
+    assert "made_up_group" in out and "mean of 2 tasks" in out
 
 
 @needs_harness

@@ -71,6 +71,15 @@ def test_the_mean_is_of_accuracies():
     )
 
 
+def test_a_group_is_not_in_the_mean(tmp_path):
+    path = tmp_path / "ours.json"
+    results = {name: {"acc": x} for name, x in (("blimp", 0.9), ("boolq", 0.5), ("copa", 0.25))}
+    path.write_text(json.dumps({"results": results, "groups": ["blimp"]}))
+    *rows, mean = markdown([read_results(path), Results("b", results)]).splitlines()
+    assert any("blimp" in row and "90.00%" in row for row in rows)
+    assert mean.split() == "| mean of 2 tasks | | 37.50% | 37.50% |".split()
+
+
 def test_one_task_has_no_mean():
     assert "mean" not in markdown([Results("a", {"boolq": {"acc": 0.5}})])
 
@@ -82,6 +91,7 @@ def test_one_task_has_no_mean():
         ("{", "is no JSON"),
         ("[1]", "holds no results"),
         ('{"step": 3}', "holds no results"),
+        ('{"results": {}, "groups": 3}', "holds no results"),
         ('{"tokens": [], "results": {}}', "holds no results"),
         ('{"tokens": [1], "results": {"boolq": {"acc": []}}}', "holds no results"),
     ],

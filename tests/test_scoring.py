@@ -31,12 +31,18 @@ def quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def seen_by(length, num_context):
+    """Which keys each query sees, where the first `num_context` tokens see each other."""
+    return np.tri(length, dtype=bool) | (np.arange(length) < num_context)
+
+
 @functools.cache
-def likeliest(prompt, num):
-    """The next tokens, each the likeliest after those before; float64."""
+def likeliest(prompt, num, is_whole=False):
+    """The next tokens, each the likeliest after those before, the prompt seen backwards or as a whole; float64."""
     wide, tokens = reference_bloom.to_float64(params()), list(prompt)
     for _ in range(num):
-        logits = reference_bloom.logits(wide, np.array([tokens]))[0, -1]
+        seen = seen_by(len(tokens), len(prompt) * is_whole)
+        logits = reference_bloom.logits(wide, np.array([tokens]), seen=seen)[0, -1]
         runner_up, best = np.sort(logits)[-2:]
         assert best - runner_up > 1e-4  # float32 decides the same
         tokens.append(int(np.argmax(logits)))
@@ -61,31 +67,38 @@ def ragged(num_questions=14, seed=0):
     return [found[i] for i in order]
 
 
+def exact(request, is_whole=False):
+    """The score of a request in float64, after a context that is seen backwards or as a whole."""
+    context, continuation = request
+    tokens = np.array([*context, *continuation])[-(MAX_LENGTH + 1) :]
+    num = len(continuation)
+    seen = seen_by(len(tokens) - 1, (len(tokens) - num) * is_whole)
+    wide = reference_bloom.to_float64(params())
+    logits = reference_bloom.logits(wide, tokens[None, :-1], seen=seen)[0, -num:]
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    is_greedy = bool((logits.argmax(-1) == continuation).all())
+    return logp[np.arange(num), continuation].sum(), is_greedy
+
+
 @functools.cache
 def expected():
-    """Of `ragged`: the score of each, in float64."""
-    wide = reference_bloom.to_float64(params())
-    found = []
-    for context, continuation in ragged():
-        tokens = np.array([*context, *continuation])[-(MAX_LENGTH + 1) :][None]
-        num = len(continuation)
-        total = -reference_bloom.token_losses(wide, tokens)[0, -num:].sum()
-        logits = reference_bloom.logits(wide, tokens[:, :-1])[0, -num:]
-        found.append((total, bool((logits.argmax(-1) == continuation).all())))
-    return found
+    """Of `ragged`: the score of each."""
+    return [exact(request) for request in ragged()]
 
 
-def assert_expected(scores):
-    """Of the first requests of `ragged`."""
-    for score, (total, is_greedy) in zip(scores, expected()[: len(scores)], strict=True):
+def assert_expected(scores, wanted=None):
+    """Of the first requests of `ragged`, or `wanted`."""
+    wanted = wanted or expected()[: len(scores)]
+    for score, (total, is_greedy) in zip(scores, wanted, strict=True):
         assert score.log_probability == pytest.approx(total, abs=1e-4)
         assert score.is_greedy == is_greedy
 
 
-def scorer(mesh, batch_tokens=128, model=MODEL):
+def scorer(mesh, batch_tokens=128, model=MODEL, **changes):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
     placed = jax.device_put(params(), shardings)
-    return Scorer(model, placed, mesh, max_length=MAX_LENGTH, batch_tokens=batch_tokens)
+    sizes = {"max_length": MAX_LENGTH, "batch_tokens": batch_tokens}
+    return Scorer(model, placed, mesh, **sizes, **changes)
 
 
 def test_scores_are_those_of_each_text_alone(mesh_of):
@@ -97,6 +110,35 @@ def test_scores_are_those_of_each_text_alone(mesh_of):
     assert sum(done) == len(ragged()) and len(done) > 1
     assert any(shape.P for shape, _ in ours.shapes) and any(not shape.P for shape, _ in ours.shapes)
     assert len(ours.shapes) <= 6
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_contexts_that_are_seen_as_a_whole(mesh_of, shape):
+    """Alone, and shared by endings; and not where they are no prompt."""
+    question, other = list(range(20)), [*range(19), 39]
+    endings = [[7], [9, 8], list(range(35, 20, -1))]
+    requests = [Request(context, ending) for context in (question, other) for ending in endings]
+    requests += [Request([5, 6, 7], [8, 9]), Request([1], [5])]
+    groups = group_texts(cut(requests, MAX_LENGTH), sees_whole_context=True)
+    # What differs in its last token shares nothing; what shares nothing stands in a batch with the others.
+    assert sorted((group.prefix, len(group.texts)) for group in groups) == [
+        (0, 1),
+        (0, 1),
+        (20, 3),
+        (20, 3),
+    ]
+    ours = scorer(mesh_of(*shape), 2048, sees_whole_context=True)
+    wanted = [exact(request, is_whole=True) for request in requests]
+    assert_expected(ours.score(requests), wanted)
+    assert {shape.P for shape, _ in ours.shapes} == {24}
+    alone = [Request(list(range(38)), [3, 4]), Request([*question, *other, *question], [1, 2, 3])]
+    assert_expected(ours.score(alone), [exact(request, is_whole=True) for request in alone])
+    assert_expected(ours.score(alone, is_causal=True), [exact(request) for request in alone])
+    assert all(
+        abs(exact(r)[0] - exact(r, is_whole=True)[0]) > 1e-3 for r in [*requests[:6], *alone]
+    )
 
 
 @pytest.mark.slow
@@ -113,20 +155,26 @@ def test_with_few_logits_at_a_time_and_long_prefixes_in_pieces(mesh_of, monkeypa
     jax.clear_caches()
 
 
-def test_logits_of_all_positions_never_exist(mesh_of, monkeypatch):
-    """Of a program for 8 texts of 32 positions, a vocabulary of 40: nothing has 8 * 32 * 40 elements."""
+def test_few_logits_exist_at_a_time(mesh_of, monkeypatch):
+    """Of 9 texts of 31 scored positions and of 256 of one: as many on each device as it may have."""
 
-    def largest(limit_bytes):
-        monkeypatch.setattr(scoring, "_LOGITS_BYTES", limit_bytes)
-        jax.clear_caches()
-        arrays = scoring.fill(scoring.Shape(1, 32, 32, 0), 8, [])
-        with jax.set_mesh(mesh_of(1, 1, 1)):
-            text = scoring._score_batch.lower(MODEL, params(), *arrays).as_text()
-        sizes = [m.split("x") for m in re.findall(r"tensor<([\dx]+)x40xf32>", text)]
-        return max(np.prod([int(n) for n in size]) for size in sizes)
+    def most_positions(limit, B, N, mesh):
+        monkeypatch.setattr(scoring, "_LOGITS_BYTES", limit * 4 * 40 // mesh.shape["tensor"])
+        placed = scorer(mesh)
+        arrays = placed._put(np.zeros((B, N, 32), np.float32)), placed._put(np.zeros((B, N), int))
+        with jax.set_mesh(mesh):
+            score = jax.jit(functools.partial(scoring._score_tokens, placed.model))
+            text = score.lower(placed.params, *arrays).compile().as_text()
+        sizes = [list(map(int, size.split(","))) for size in re.findall(r"f32\[([\d,]+)\]", text)]
+        # With some vocabulary, and no emb_dim: neither the embedding nor hidden states.
+        logits = [size for size in sizes if set(size) & {20, 40} and not set(size) & {16, 32}]
+        return max(np.prod(size) for size in logits) / (40 // mesh.shape["tensor"])
 
-    assert largest(1 << 28) == 8 * 32
-    assert largest(4 * 40 * 8 * 4) == max(8 * 4, MODEL.config.emb_dim)  # the embedding has 40 rows
+    one = mesh_of(1, 1, 1)
+    assert most_positions(1000, 9, 31, one) == 9 * 31
+    assert most_positions(6, 9, 31, one) == 6
+    assert most_positions(6, 256, 1, one) == 6
+    assert most_positions(6, 256, 1, mesh_of(2, 2, 2)) == 6
 
 
 def test_a_document_end_in_a_context_hides_nothing(mesh_of):
@@ -145,7 +193,7 @@ def test_groups():
     shared = [g for g in groups if len(g.texts) > 1]
     assert len(shared) > 10 and all(g.prefix == 0 for g in groups if g not in shared)
     for group in shared:
-        assert all(group.prefix <= text.num_given for text in group.texts)
+        assert all(group.prefix <= len(text.context) for text in group.texts)
         assert len({tuple(text.inputs[: group.prefix].tolist()) for text in group.texts}) == 1
     computed = sum(g.prefix + sum(len(t.inputs) - g.prefix for t in g.texts) for g in groups)
     assert computed < 0.6 * sum(len(text.inputs) for text in texts)
@@ -157,7 +205,7 @@ def test_a_common_preamble_does_not_swallow_the_questions():
         Request([*preamble, *[q] * 20], [ending]) for q in range(6) for ending in (1, 2, 3, 4)
     ]
     groups = group_texts(cut(requests, 100))
-    assert [(len(g.texts), g.prefix) for g in groups] == [(4, 49)] * 6
+    assert [(len(g.texts), g.prefix) for g in groups] == [(4, 50)] * 6
 
 
 def test_batches():
@@ -196,6 +244,18 @@ def test_sizes():
     assert sizes == sorted(sizes) and len(set(sizes)) < 24
     assert all(n <= size <= max(512, 1.5 * n + 1) for n, size in enumerate(sizes, 1))
     assert all(size % 256 == 0 for size in sizes if size > 256)
+
+
+def test_generation_after_prompts_that_are_seen_as_a_whole(mesh_of):
+    prompts = [(3, 1, 4, 1, 5, 9, 2), (30, 0, 30)]
+    theirs = [likeliest(prompt, 6, is_whole=True) for prompt in prompts]
+    assert theirs != [likeliest(prompt, 6) for prompt in prompts]
+    ours = scorer(mesh_of(1, 1, 1))
+    found = generate_until(
+        ours.model, ours.params, ours.mesh, prompts, lambda ids: False, max_new_tokens=6, eos_id=NEVER,
+        sees_whole_prompt=True,
+    )  # fmt: skip
+    assert found == theirs
 
 
 @pytest.mark.slow
