@@ -81,8 +81,8 @@ def plan(
 ) -> list[Run]:
     """A run for each overlay and seed, seeds of one overlay together.
 
-    `tokens` is the length of each, with the schedules as long; None for that of the gin files. BadInput where an overlay
-    changes the data, or has a schedule that such a run does not get through.
+    `tokens` is the length of each, with schedules as long; None for that of the gin files. BadInput where an overlay
+    changes the data, or has a ramp or curriculum that such a run does not get through.
     """
     # The store is made before the first of them.
     shared: dict[str, Any] = {
@@ -168,7 +168,7 @@ def _schedules(name: str, text: str, factor: float, base: Sequence[Any]) -> dict
         found |= {"train.train_steps": None, "train.train_samples": samples}
     num_steps = scaled.steps_within(samples)
     ends = {"batch-size ramp": scaled.stages()[-1].first_step}
-    if curriculum := data.curriculum:
+    if curriculum := data._curriculum:
         steps = max(1, round(curriculum.num_steps * factor))
         curriculum = dataclasses.replace(curriculum, num_steps=steps, batch_schedule=scaled)
         if factor != 1:
