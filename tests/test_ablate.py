@@ -298,7 +298,7 @@ def test_a_budget_of_tokens_takes_ramp_and_curriculum_with_it(plan, tmp_path):
     assert (schedule.ramp_start_samples, schedule.ramp_length_samples) == (2, 60)
     assert config.build("train.train_steps", ramp) is None
     assert config.build("train.train_samples", ramp) == 160  # of the base; its steps are more
-    assert schedule.steps_within(160) == 27  # 20 samples of 2, 20 of 4, 24 of 6, and the rest of 8
+    assert schedule.steps_within(160) == 31  # 10 of 2 samples, 5 of 4, 4 of 6, 12 of 8
     for file in (length, ramp, base):
         rate = config.build("train.learning_rate", file)
         assert (rate.warmup_samples, rate.decay_samples) == (20, 200)

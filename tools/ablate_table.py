@@ -377,8 +377,8 @@ def remarks(results: Mapping[str, Sequence[Result]], found: Sequence[Row]) -> li
             f"Noise: Tukey's test of all pairs, two-sided, {LEVEL:.0%} for the pairs of a row together, the deviation "
             f"pooled over the overlays ({verdict.freedom} degrees of freedom). With these seeds it sees differences of "
             f"the held-out loss from {verdict.smallest:.4f} nats on; a smaller one may be real. Each of {tested} rows "
-            f"is tested by itself, so about {LEVEL * tested:.0f} differ by chance. Other text and another order would add "
-            "noise that no row shows."
+            f"is tested by itself, so about {LEVEL * tested:.0f} differ by chance. Other text and another order would "
+            "add noise that no row shows."
         )
         pairs = ", ".join(f"{low} < {high} (p = {p:.2g})" for (low, high), p in verdict.p.items())
         lines.append(f"Held-out loss: {verdict.text()}: {pairs}.")
