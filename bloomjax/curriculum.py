@@ -44,8 +44,8 @@ class LengthCurriculum:
         sample is as long as the step says, cut from the text where the sample before it ended; each token is seen.
       num_buckets: lengths that batches have, at most.
 
-    Raises BadInput for numbers below 1, a start that is not below the end, lengths that `step` does not divide (DeepSpeed
-    would never reach such an end, and begin below such a start), and an unknown mode.
+    Raises BadInput for numbers below 1, a start that is not below the end, lengths that `step` does not divide
+    (DeepSpeed would never reach such an end, and begin below such a start), and an unknown mode.
     """
 
     start: int
