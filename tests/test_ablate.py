@@ -213,6 +213,9 @@ def test_the_mean_over_tasks_is_tested_and_has_published_numbers_beside_it():
     assert cells["sst2 (acc)"] == ["-", "-", "1.000", "not tested"]
     assert cells["mean of 2 tasks"] == ["0.5550 ± 0.0071", "0.7550 ± 0.0071", "0.3750", "a < b"]
     assert cells["held-out loss"][2] == "-"
+    solved = results_table.Results("solved", {"boolq": {"acc": 0.9}}, num_fewshot={"boolq": 5})
+    cells = cells_of(["a", "b", "solved"], ablate_table.rows(groups, [solved]))
+    assert (cells["boolq (acc)"][2], cells["boolq (acc, 5-shot)"][2]) == ("-", "0.900")
     # One of BigScience's files has no such task: the mean over both is not to be had, that of ours is.
     other = results_table.Results("other", {"boolq": {"acc": 0.25}})
     assert (

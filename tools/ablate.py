@@ -80,6 +80,10 @@ def ablate() -> None:
         raise BadInput("--out must be given: the folder of the runs and the table")
     scaling_plots.pyplot()  # or it is missing after hours of training
     beside = [results_table.read_results(Path(path)) for path in _BESIDE.value]
+    if twice := overlays.keys() & {column.name for column in beside}:
+        raise BadInput(
+            f"--beside and --overlays both have {min(twice)}; give that file another name"
+        )
     if _TASKS.value:
         # Or they are missing after hours, too.
         harness.check_installed()

@@ -126,6 +126,10 @@ class Task(NamedTuple):
     num_fewshot: int = 0
 
     @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.num_fewshot
+
+    @property
     def shots(self) -> str:
         return f", {self.num_fewshot}-shot" if self.num_fewshot else ""
 
@@ -261,15 +265,20 @@ def _task_rows(
     results: Mapping[str, Sequence[Result]], beside: Sequence[results_table.Results]
 ) -> list[Row]:
     """A row a task; and the mean over those of all runs, and over those that all columns of `beside` have, too."""
-    every = [r for found in results.values() for r in found]
-    published = {c.name: {task: m for task in c.metrics if (m := c.main(task))} for c in beside}
-    ours = list(dict.fromkeys(task for r in every for task in r.tasks))
-    theirs = dict.fromkeys(name for column in published.values() for name in column)
-    ours += [
-        Task(name, next(c[name][0] for c in published.values() if name in c))
-        for name in theirs
-        if name not in {task.name for task in ours}
-    ]
+    every = [r for found in results.values() for r in found if r.tasks]
+    # By name and number of solved examples; the metric may be another.
+    published: dict[str, dict[tuple[str, int], tuple[str, float]]] = {
+        column.name: {
+            (name, column.num_fewshot.get(name, 0)): main[:2]
+            for name in column.metrics
+            if (main := column.main(name))
+        }
+        for column in beside
+    }
+    ours = {task.key: task for r in every for task in r.tasks}
+    for column in published.values():
+        for (name, shots), (metric, _) in column.items():
+            ours.setdefault((name, shots), Task(name, metric, shots))
 
     def row(label: str, tasks: Sequence[Task], digits: int) -> Row:
         def mean(numbers: Sequence[float | None]) -> float | None:
@@ -282,26 +291,25 @@ def _task_rows(
         }
         columns = {}
         for name, column in published.items():
-            columns[name] = mean([column[t.name][1] if t.name in column else None for t in tasks])
+            columns[name] = mean([column[t.key][1] if t.key in column else None for t in tasks])
         return Row(
             label, {name: _whole(found) for name, found in values.items()}, digits,
             beside={name: x for name, x in columns.items() if x is not None},
         )  # fmt: skip
 
     found = []
-    for task in ours:
-        metrics = dict.fromkeys(
-            [task.metric, *(c[task.name][0] for c in published.values() if task.name in c)]
-        )
-        found.append(row(f"{task.name} ({' / '.join(metrics)}{task.shots})", [task], 3))
-    for shots in sorted({task.num_fewshot for task in ours}):
+    for task in ours.values():
+        others = [column[task.key][0] for column in published.values() if task.key in column]
+        metrics = " / ".join(dict.fromkeys([task.metric, *others]))
+        found.append(row(f"{task.name} ({metrics}{task.shots})", [task], 3))
+    for shots in sorted({task.num_fewshot for task in ours.values()}):
         of_runs = [
-            task for task in ours
-            if task.metric in OF_MEAN and task.num_fewshot == shots and all(task in r.tasks for r in every)
+            task for task in ours.values()
+            if every and task.metric in OF_MEAN and task.num_fewshot == shots and all(task in r.tasks for r in every)
         ]  # fmt: skip
         of_all = [
             task for task in of_runs
-            if all(c.get(task.name, ("",))[0] in OF_MEAN for c in published.values())
+            if all(c.get(task.key, ("",))[0] in OF_MEAN for c in published.values())
         ]  # fmt: skip
         for tasks in [of_runs] if of_all == of_runs else [of_runs, of_all]:
             if len(tasks) > 1:
