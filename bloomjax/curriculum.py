@@ -44,8 +44,8 @@ class LengthCurriculum:
         sample is as long as the step says, cut from the text where the sample before it ended; each token is seen.
       num_buckets: lengths that batches have, at most.
 
-    Raises BadInput for numbers below 1, lengths that `step` does not divide (DeepSpeed would never reach such an end,
-    and begin below such a start), and an unknown mode.
+    Raises BadInput for numbers below 1, a start that is not below the end, lengths that `step` does not divide
+    (DeepSpeed would never reach such an end, and begin below such a start), and an unknown mode.
     """
 
     start: int
@@ -65,8 +65,8 @@ class LengthCurriculum:
                 )
         if self.mode not in MODES:
             raise BadInput(f"no LengthCurriculum.mode {self.mode!r}; there are: {', '.join(MODES)}")
-        if self.start > self.end:
-            raise BadInput(f"LengthCurriculum: start={self.start} is above end={self.end}")
+        if self.start >= self.end:
+            raise BadInput(f"LengthCurriculum: start={self.start} is not below end={self.end}")
         for name in ("start", "end"):
             if getattr(self, name) % self.step:
                 raise BadInput(

@@ -17,7 +17,7 @@ from bloomjax.task_presets import CURRENT_NAMES, MAIN_METRICS
 
 Metrics = Mapping[str, Mapping[str, float]]  # of each task, by name; with NAME_stderr
 # Of the mean; mc_taco's em is in none of BigScience's.
-_OF_MEAN = ("acc", "acc_norm", "exact_match")
+OF_MEAN = ("acc", "acc_norm", "exact_match")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,16 @@ class Results:
       name: of the column.
       metrics: by the harness's names of tasks and groups.
       groups: which of them are means of others.
+      step, limit: of the checkpoint and of documents a task, as `evaluate` has written them; None where it has not.
+      num_fewshot: solved examples before each question, by task, where there are any.
     """
 
     name: str
     metrics: Metrics
     groups: Collection[str] = ()
+    step: int | None = None
+    limit: int | None = None
+    num_fewshot: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def main(self, task: str) -> tuple[str, float, float | None] | None:
         """Name, value and standard error of a task's metric; None where it was not measured."""
@@ -56,8 +61,10 @@ def read_results(path: Path) -> Results:
     try:
         if "tokens" in read:
             return _of_every_checkpoint(path, read)
-        metrics = {task: _numbers(m) for task, m in read["results"].items()}
-        return Results(path.stem, metrics, list(read.get("groups", [])))
+        metrics = {task: _numbers(found) for task, found in read["results"].items()}
+        shots = {task: num for task, num in read.get("num_fewshot", {}).items() if num}
+        groups = list(read.get("groups", []))
+        return Results(path.stem, metrics, groups, read.get("step"), read.get("limit"), shots)
     except (KeyError, IndexError, TypeError, AttributeError):
         raise BadInput(
             f"{path} holds no results: neither those of evaluate --output nor a *_agg.json of BigScience"
@@ -98,7 +105,7 @@ def markdown(columns: Sequence[Results]) -> str:
         if not names:
             continue
         cells.append([task, " / ".join(names), *map(_cell, found)])
-        if task not in groups and all(each and each[0] in _OF_MEAN for each in found):
+        if task not in groups and all(each and each[0] in OF_MEAN for each in found):
             shares.append([each[1] for each in found if each])
     if len(shares) > 1:
         means = [f"{statistics.fmean(values):.2%}" for values in zip(*shares, strict=True)]
@@ -107,7 +114,7 @@ def markdown(columns: Sequence[Results]) -> str:
 
 
 def _is_share(metric: str) -> bool:
-    return metric in (*_OF_MEAN, "em")
+    return metric in (*OF_MEAN, "em")
 
 
 def _cell(found: tuple[str, float, float | None] | None) -> str:

@@ -3,18 +3,20 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_run
 from tiny_run import REPOSITORY, SEQUENCE_LENGTH
 
-from bloomjax import config
+from bloomjax import config, results_table
 from bloomjax.data import held_out_key
 from bloomjax.errors import BadInput
 from bloomjax.model_dir import open_model_dir
@@ -25,8 +27,9 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 import ablate
 import ablate_lengths
 import ablate_plan
+import ablate_plots
 import ablate_table
-from ablate_table import Result, Row
+from ablate_table import Result, Row, Task
 
 
 @pytest.fixture
@@ -82,6 +85,14 @@ def test_what_cannot_be_tested_is_not():
     assert ablate_table.judge({"a": [1.0, 2.0]}).text() == "not tested"
     assert ablate_table.judge({"a": [1.0, 1.0], "b": [1.0, 1.0]}).text() == "within noise"
     assert ablate_table.judge({"a": [2.0, 2.0], "b": [1.0, 1.0]}).text() == "b < a"
+    assert ablate_table.judge({"a": [2.0, 2.1], "b": [math.nan, 1.0]}).text() == "not tested"
+    # A run that failed, or diverged, leaves the test of the others as it is.
+    groups = {"a": [5.0, 7.0], "b": [1.0, 3.0]}
+    alone, beside = (
+        ablate_table.judge(groups | more) for more in ({}, {"c": [9.0], "d": [math.nan, 1.0]})
+    )
+    assert beside.p == alone.p and beside.smallest == alone.smallest
+    assert beside.text() == "within noise (not tested: c, d)"
 
 
 def test_cells_have_mean_and_deviation():
@@ -92,8 +103,8 @@ def test_cells_have_mean_and_deviation():
 
 def result(overlay, seed, loss, **changes):
     shown = dict(
-        params=1000, flops_per_token=6e3, tokens=640, tokens_per_second=1e4, bits_per_byte=loss / 2,
-        loss_by_language={"aa": loss - 1, "bb": loss + 1}, curve=[(640, loss)], tasks={},
+        step=5, params=1000, flops_per_token=6e3, tokens=640, tokens_per_second=1e4, bits_per_byte=loss / 2,
+        loss_by_language={"aa": loss - 1, "bb": loss + 1}, curve=[(640, loss)], tasks={}, left_out=[],
     )  # fmt: skip
     return Result(overlay=overlay, seed=seed, loss=loss, **(shown | changes))
 
@@ -125,7 +136,7 @@ def test_the_table_has_a_row_a_quantity():
         "a": [with_lengths("a", 1, 4.0, 3.9), with_lengths("a", 2, 4.2, 4.1)],
         "b": [with_lengths("b", 1, 5.0, "too long"), with_lengths("b", 2, 5.2, "too long")],
     }
-    groups["a"] = [dataclasses.replace(r, tasks={"boolq (acc)": 0.5}) for r in groups["a"]]
+    groups["a"] = [dataclasses.replace(r, tasks={Task("boolq", "acc"): 0.5}) for r in groups["a"]]
     rows = ablate_table.rows(groups)
     lines = ablate_table.markdown(list(groups), rows).splitlines()
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:5]] for line in lines}  # fmt: skip
@@ -144,13 +155,98 @@ def test_the_table_has_a_row_a_quantity():
 
 
 def test_results_of_tasks_are_found_in_the_folder(tmp_path):
-    assert ablate_table.read_tasks(tmp_path) == {}
+    assert ablate_table.read_tasks(tmp_path, 40) == ({}, [])
+
+    def write(name, results, age, **more):
+        path = tmp_path / name
+        path.write_text(json.dumps({"results": results, "step": 40, "limit": None} | more))
+        os.utime(path, (1e9 - age, 1e9 - age))
+
+    metrics = {"alias": "boolq", "acc_stderr": 0.01, "acc_norm": 0.7, "acc": 0.6}
+    write("tasks.json", {"boolq": metrics, "wiki": {"bits_per_byte": 1.5}}, age=5)
+    write("more.json", {"boolq": {"acc": 0.65}, "rte": {"acc": 0.5}}, age=4)
+    write("solved.json", {"boolq": {"acc": 0.75}}, age=4, num_fewshot={"boolq": 5})
+    write("early.json", {"boolq": {"acc": 0.1}}, age=3, step=20)
+    write("unknown.json", {"boolq": {"acc": 0.1}}, age=2, step=None)
+    write("few.json", {"boolq": {"acc": 0.1}}, age=1, limit=10)
+    write("words.json", {"boolq": {"alias": "boolq"}}, age=0)  # the newest, and no number in it
     (tmp_path / "lengths.json").write_text('{"lengths": {}}')
     (tmp_path / "broken.json").write_text("{")
-    metrics = {"alias": "boolq", "acc_stderr": 0.01, "acc_norm": 0.7, "acc": 0.6}
-    found = {"results": {"boolq": metrics, "wiki": {"bits_per_byte": 1.5}}}
-    (tmp_path / "tasks.json").write_text(json.dumps(found))
-    assert ablate_table.read_tasks(tmp_path) == {"boolq (acc)": 0.6, "wiki (bits_per_byte)": 1.5}
+    found, left_out = ablate_table.read_tasks(tmp_path, 40)
+    assert found == {
+        Task("boolq", "acc"): 0.65, Task("boolq", "acc", 5): 0.75, Task("wiki", "bits_per_byte"): 1.5,
+        Task("rte", "acc"): 0.5,
+    }  # fmt: skip
+    assert left_out == [
+        f"{tmp_path}/early.json: of step 20, the run has 40",
+        f"{tmp_path}/unknown.json: of step None, the run has 40",
+        f"{tmp_path}/few.json: of the first 10 documents alone",
+    ]
+
+
+def cells_of(columns, rows):
+    lines = ablate_table.markdown(columns, rows).splitlines()
+    return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}  # fmt: skip
+
+
+def test_the_mean_over_tasks_is_tested_and_has_published_numbers_beside_it():
+    def run(overlay, seed, boolq, rte):
+        tasks = {
+            Task("boolq", "acc"): boolq,
+            Task("rte", "acc"): rte,
+            Task("wiki", "perplexity"): 9.0,
+        }
+        return result(
+            overlay, seed, 4.0, tasks=tasks, left_out=["x.json: of step 1, the run has 5"]
+        )
+
+    groups = {
+        "a": [run("a", 1, 0.50, 0.60), run("a", 2, 0.52, 0.60)],
+        "b": [run("b", 1, 0.70, 0.80), run("b", 2, 0.72, 0.80)],
+    }
+    rows = ablate_table.rows(groups)
+    mean = next(row for row in rows if row.label == "mean of 2 tasks")  # a perplexity is no share
+    assert mean.values == {"a": [0.55, 0.56], "b": [0.75, 0.76]}
+    assert ablate_table.judge(mean.groups).text() == "a < b"
+    assert "Left out: x.json: of step 1, the run has 5." in ablate_table.remarks(groups, rows)
+
+    old = results_table.Results(
+        "old", {"boolq": {"acc": 0.25}, "rte": {"exact_match": 0.5}, "sst2": {"acc": 1.0}}
+    )
+    cells = cells_of(["a", "b", "old"], ablate_table.rows(groups, [old]))
+    assert cells["boolq (acc)"] == ["0.510 ± 0.014", "0.710 ± 0.014", "0.250", "a < b"]
+    assert cells["rte (acc / exact_match)"][2] == "0.500"
+    assert cells["sst2 (acc)"] == ["-", "-", "1.000", "not tested"]
+    assert cells["mean of 2 tasks"] == ["0.5550 ± 0.0071", "0.7550 ± 0.0071", "0.3750", "a < b"]
+    assert cells["held-out loss"][2] == "-"
+    solved = results_table.Results("solved", {"boolq": {"acc": 0.9}}, num_fewshot={"boolq": 5})
+    cells = cells_of(["a", "b", "solved"], ablate_table.rows(groups, [solved]))
+    assert (cells["boolq (acc)"][2], cells["boolq (acc, 5-shot)"][2]) == ("-", "0.900")
+    # One of BigScience's files has no such task: the mean over both is not to be had, that of ours is.
+    other = results_table.Results("other", {"boolq": {"acc": 0.25}})
+    assert (
+        cells_of(["a", "b", "other"], ablate_table.rows(groups, [other]))["mean of 2 tasks"][2]
+        == "-"
+    )
+
+
+def test_an_overlay_without_results_is_a_column_of_dashes(tmp_path):
+    groups = {"a": [], "b": [result("b", 1, 4.0), result("b", 2, 4.2)]}
+    rows = ablate_table.rows(groups)
+    assert cells_of(["a", "b"], rows)["held-out loss"] == ["-", "4.1000 ± 0.1414", "not tested"]
+    assert ablate_table.remarks(groups, rows)
+    ablate_plots.plot(groups, str(tmp_path / "plot.png"))
+
+
+def test_flops_are_those_of_the_lengths_that_were_seen():
+    """4 samples of 8 tokens, then 4 of 16: two thirds of the tokens are in samples of 16."""
+    records = [
+        {"samples": 0, "tokens": 0},
+        {"samples": 4, "tokens": 32},
+        {"samples": 8, "tokens": 96},
+    ]
+    assert ablate_table._mean_length(records) == pytest.approx(8 / 3 + 16 * 2 / 3)
+    assert ablate_table._mean_length([{"samples": 7, "tokens": 7 * 64}]) == 64
 
 
 # ---- plan ----
@@ -186,6 +282,37 @@ def test_a_budget_of_tokens_takes_the_cosine_with_it(plan):
     assert (rate.warmup_samples, rate.decay_samples) == (20, 200)  # 40 and 400 of 40 steps
 
 
+CURRICULUM = """include 'ablations/curriculum.gin'
+LengthCurriculum.start = 8
+LengthCurriculum.num_steps = {}
+"""
+RAMP = """include 'ablations/batch_ramp.gin'
+BatchSchedule.ramp_start_samples = 2
+BatchSchedule.ramp_increment_samples = 2
+BatchSchedule.ramp_length_samples = {}
+"""
+
+
+def test_a_budget_of_tokens_takes_ramp_and_curriculum_with_it(plan, tmp_path):
+    (tmp_path / "length.gin").write_text(CURRICULUM.format(30))
+    (tmp_path / "ramp.gin").write_text(RAMP.format(120))
+    half = 20 * 8 * SEQUENCE_LENGTH
+    runs = plan(f"{tmp_path}/length.gin,{tmp_path}/ramp.gin,base", tokens=half)
+    ablate_plan.write(runs)
+    length, ramp, base = (run.gin_file for run in runs)
+    assert config.build("TrainData.curriculum", length).num_steps == 15
+    for file in (length, base):
+        assert config.build("train.train_steps", file) == 20
+    schedule = config.build("train.batch_schedule", ramp)
+    assert (schedule.ramp_start_samples, schedule.ramp_length_samples) == (2, 60)
+    assert config.build("train.train_steps", ramp) is None
+    assert config.build("train.train_samples", ramp) == 160  # of the base; its steps are more
+    assert schedule.steps_within(160) == 31  # 10 of 2 samples, 5 of 4, 4 of 6, 12 of 8
+    for file in (length, ramp, base):
+        rate = config.build("train.learning_rate", file)
+        assert (rate.warmup_samples, rate.decay_samples) == (20, 200)
+
+
 def test_another_run_in_the_same_place_is_refused(plan):
     ablate_plan.write(plan("base"))
     ablate_plan.write(plan("base", (1, 2)))  # more of the same
@@ -217,6 +344,20 @@ def test_bad_input_is_one_line(command, base, tmp_path):
         error = refused(f"--overlays=base,{tmp_path}/{name}.gin", to)
         assert f"overlay {name} changes the data" in error
     assert "BatchSchedule" not in error and "batch_size_samples: 8, now 4" in error
+    short = "which shortens both"
+    (tmp_path / "long.gin").write_text(CURRICULUM.format(41))
+    error = refused(f"--overlays={tmp_path}/long.gin", to)
+    assert (
+        "overlay long: its length curriculum ends at step 41, the run after 40 steps" in error
+        and short in error
+    )
+    (tmp_path / "slow.gin").write_text(RAMP.format(320))
+    error = refused(f"--overlays={tmp_path}/slow.gin", to)
+    assert "overlay slow: its batch-size ramp ends at step" in error and short in error
+    error = refused("--overlays=ablations/curriculum.gin", to)
+    assert "start=64 is not below end=16" in error
+    error = refused("--overlays=base", to, f"--beside={base}")
+    assert "is no JSON" in error
     error = refused("--overlays=ablations/c4.gin", "--gin.TEXT_DIR='x'", to)
     assert "overlay c4 changes the data (train.train_data.store_dir" in error
     assert "--overlays needs gin files" in refused(to)
@@ -258,6 +399,48 @@ def test_finished_runs_are_not_started_again(command, base, tmp_path, undisturbe
     metrics = tmp_path / "out" / "base-2" / "metrics.jsonl"
     metrics.write_text("\n".join(metrics.read_text().splitlines()[:-1]) + "\n")
     assert ablate_table.read_result("base", 2, metrics.parent) is None
+
+
+def test_a_failed_run_is_a_line_and_the_others_go_on(
+    command, base, tmp_path, undisturbed, monkeypatch
+):
+    evaluated = []
+
+    def execute(run, command):
+        if command[2] == "bloomjax.evaluate":
+            evaluated.append(run.name)
+            (output,) = [a.removeprefix("--output=") for a in command if a.startswith("--output=")]
+            found = {"results": {"made_up": {"acc": 0.5}}, "step": tiny_run.NUM_STEPS}
+            Path(output).write_text(json.dumps(found))
+            assert {"--tasks=made_up", "--num_fewshot=0", f"--step={tiny_run.NUM_STEPS}"} < set(
+                command
+            )
+        elif run.overlay == "rotary":
+            raise BadInput("out of memory")
+        else:
+            shutil.copytree(undisturbed, run.model_dir)
+            (run.model_dir / "config.gin").write_text(run.text)
+
+    monkeypatch.setattr(ablate, "_execute", execute)
+    monkeypatch.setattr(ablate.harness, "check_installed", lambda: None)
+    monkeypatch.setattr(ablate.harness, "load_tasks", lambda *_: None)
+    flags = [
+        f"--gin_file={base}",
+        "--overlays=ablations/rotary.gin,base",
+        "--seeds=1,2",
+        "--tasks=made_up",
+    ]
+    flags += [f"--out={tmp_path / 'out'}", "--gin.train.prepare=None"]
+    for _ in range(2):  # the second time nothing but the failed runs is tried again
+        code, out, error = command(ablate, *flags)
+        assert code == 1 and error.count("\n") == 1
+        assert "2 failed, the rest is in" in error and "rotary-1: out of memory" in error
+        assert "2/4 rotary-2: failed: out of memory" in out and "4/4 base-2: " in out
+        assert evaluated == ["base-1", "base-2"]
+        table = (tmp_path / "out" / "table.md").read_text()
+        assert "Failed: rotary-1: out of memory\nFailed: rotary-2: out of memory\n" in table
+        row = next(line for line in table.splitlines() if "made_up (acc)" in line)
+        assert [cell.strip() for cell in row.split("|")[2:4]] == ["-", "0.500 ± 0.000"]
 
 
 # ---- lengths ----

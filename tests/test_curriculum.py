@@ -32,7 +32,7 @@ CASES = {
     "ramp": (64, 2048, 8, 36_000, (2048, 192, 16, 9_765_625)),
     "hasty": (64, 2048, 8, 100, (24, 8, 8, 160)),
     "odd": (56, 1001, 7, 977, (31, 1, 1, 77)),
-    "flat": (16, 16, 16, 1, (8,)),
+    "leap": (16, 32, 16, 1, (8,)),
 }
 
 
@@ -380,7 +380,8 @@ def test_plan_asks_for_the_longest_batch():
     [
         ({"start": 60}, "step=8 does not divide start=60"),
         ({"end": 2044}, "step=8 does not divide end=2044"),
-        ({"start": 4096}, "start=4096 is above end=2048"),
+        ({"start": 4096}, "start=4096 is not below end=2048"),
+        ({"start": 2048}, "start=2048 is not below end=2048"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"mode": "cut"}, "no LengthCurriculum.mode 'cut'; there are: truncate, phases"),
     ],

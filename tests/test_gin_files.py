@@ -166,6 +166,27 @@ def test_every_kind_of_unit_has_an_overlay():
     assert bound == {Gelu, SquaredRelu, *Gated.__subclasses__()}
 
 
+def test_the_batch_ramp_overlay_is_that_of_tr1():
+    """train/tr1-13B-base/README.md: 79,365 samples of each size (5,000,000 / 63), so 4,960 steps of 16, 2,480 of 32."""
+    schedule = config.build(
+        "train.batch_schedule",
+        "1b3.gin",
+        ["include 'ablations/batch_ramp.gin'", "BATCH_SIZE = 1024"],
+    )
+    steps = [(s.batch_size_samples, s.num_steps) for s in schedule.stages()]
+    assert len(steps) == 64 and steps[0] == (16, 4961) and steps[-1] == (1024, None)
+    assert [size for size, _ in steps] == list(range(16, 1025, 16)) and abs(steps[1][1] - 2480) <= 1
+    for base in ("1b3.gin", "560m.gin", "176b.gin", "tiny.gin"):
+        before = config.build("train.batch_schedule", base)
+        after = config.build("train.batch_schedule", base, ["include 'ablations/batch_ramp.gin'"])
+        assert after.batch_size(1) == 16 < before.batch_size(1)
+        assert (
+            after.batch_size_samples
+            == before.batch_size_samples
+            == after.stages()[-1].batch_size_samples
+        )
+
+
 def test_every_size_takes_every_overlay():
     """The count that a size expects is no longer asked for where the overlay changes it."""
     for base in ("1b3.gin", "560m.gin", "176b.gin", "tiny.gin"):

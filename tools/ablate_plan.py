@@ -18,8 +18,10 @@ _DATA = (
     "train.train_data", "train.eval_data", "train.batch_schedule", "train.train_steps", "train.train_samples",
     "train.vocabulary_path",
 )  # fmt: skip
-# What is predicted from the same samples, and how much of each is seen, may differ.
-_NOT_DATA = ("objective", "_curriculum")
+# What is predicted from the same samples, how much of each is seen, and how many are a batch at first may differ.
+_NOT_DATA = (
+    "objective", "_curriculum", "ramp_start_samples", "ramp_increment_samples", "ramp_length_samples", "_stages",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,26 +81,30 @@ def plan(
 ) -> list[Run]:
     """A run for each overlay and seed, seeds of one overlay together.
 
-    `tokens` is the length of each with a cosine as long; None for that of the gin files. BadInput where an overlay
-    changes the data.
+    `tokens` is the length of each, with schedules as long; None for that of the gin files. BadInput where an overlay
+    changes the data, or has a ramp or curriculum that such a run does not get through.
     """
     # The store is made before the first of them.
     shared: dict[str, Any] = {
         "train.model_dir": str(folder), "train.sample_prompts": (), "train.prepare": None, "train.text_dir": None,
     }  # fmt: skip
     text = config.combined("train", bindings=_bindings(shared))
+    factor = 1.0
     if tokens is not None:
-        shared |= _length(text, tokens)
+        factor, shared["train.train_steps"] = _scale(text, tokens)
+        shared["train.train_samples"] = None
     shared["TrainData.seed"] = _build(text, ["train.train_data"])[0].seed
     base = _build(config.combined("train", bindings=_bindings(shared)), _DATA)
     runs = []
     for name, files in overlays.items():
+        own = shared | {"train.model_dir": str(folder / name)}
+        text = config.combined("train", files, _bindings(own))
+        *found, _ = _build(text, [*_DATA, "train.model"])  # that it is one
+        _check_data(name, base, found)
+        own |= _schedules(name, text, factor, base)
         for seed in seeds:
-            own = shared | {"train.seed": seed, "train.model_dir": str(folder / f"{name}-{seed}")}
+            own |= {"train.seed": seed, "train.model_dir": str(folder / f"{name}-{seed}")}
             text = config.combined("train", files, _bindings(own))
-            if seed == seeds[0]:
-                *found, _ = _build(text, [*_DATA, "train.model"])  # that it is one
-                _check_data(name, base, found)
             head = f"# {' and '.join(files) or 'No overlay'}, initial weights and dropout of seed {seed}.\n"
             runs.append(Run(name, seed, folder, head + text))
     return runs
@@ -116,30 +122,65 @@ def _build(text: str, names: Sequence[str]) -> list[Any]:
         return [config.build(name, gin_file) for name in names]
 
 
-def _length(text: str, tokens: int) -> dict[str, Any]:
-    """Bindings of a run of about `tokens` tokens, its warm-up and cosine scaled as it is."""
-    batches, rate, length, *old = _build(
+def _scale(text: str, tokens: int) -> tuple[float, int]:
+    """How many times as long as the gin file's a run of about `tokens` tokens is, and its steps."""
+    batches, length, *old = _build(
         text,
-        ["train.batch_schedule", "train.learning_rate", "TrainData.sequence_length", "train.train_steps",
-         "train.train_samples"],
+        ["train.batch_schedule", "TrainData.sequence_length", "train.train_steps", "train.train_samples"],
     )  # fmt: skip
-    assert isinstance(batches, BatchSchedule) and isinstance(rate, CosineSchedule)
-    num_steps = batches.steps_within(tokens // length)
-    if num_steps < 1:
+    assert isinstance(batches, BatchSchedule)
+    size = batches.batch_size_samples
+    samples = tokens // length // size * size
+    if samples < 1:
         raise BadInput(
-            f"--tokens={tokens:,} do not fill a batch of {batches.batch_size(1)} samples of {length} tokens"
+            f"--tokens={tokens:,} do not fill a batch of {size} samples of {length} tokens"
         )
-    before = batches.samples_after(run_length_steps(batches, *old))
-    samples = batches.samples_after(num_steps)
-    decay = max(2, round(rate.decay_samples * samples / before))
-    return {
-        "train.train_steps": num_steps,
-        "train.train_samples": None,
-        "CosineSchedule.decay_samples": decay,
-        "CosineSchedule.warmup_samples": min(
-            round(rate.warmup_samples * samples / before), decay - 1
-        ),
-    }
+    factor = samples / batches.samples_after(run_length_steps(batches, *old))
+    return factor, _scaled_ramp(batches, factor).steps_within(samples)
+
+
+def _scaled_ramp(batches: BatchSchedule, factor: float) -> BatchSchedule:
+    ramp = batches.ramp_length_samples
+    if ramp is None:
+        return batches
+    return dataclasses.replace(batches, ramp_length_samples=max(1, round(ramp * factor)))
+
+
+def _schedules(name: str, text: str, factor: float, base: Sequence[Any]) -> dict[str, Any]:
+    """Bindings that make the schedules of an overlay's run `factor` times as long, and it as long in samples as the
+    base. BadInput where a ramp or curriculum does not come to its end within it."""
+    names = ["train.batch_schedule", "train.learning_rate", "train.train_data"]
+    batches, rate, data = _build(text, names)
+    assert isinstance(batches, BatchSchedule) and isinstance(rate, CosineSchedule)
+    base_batches, *length = base[2:5]  # of _DATA
+    found: dict[str, Any] = {}
+    if factor != 1:
+        decay = max(2, round(rate.decay_samples * factor))
+        found["CosineSchedule.decay_samples"] = decay
+        warmup = round(rate.warmup_samples * factor)
+        found["CosineSchedule.warmup_samples"] = min(warmup, decay - 1)
+    scaled = _scaled_ramp(batches, factor)
+    if scaled != batches:
+        found["BatchSchedule.ramp_length_samples"] = scaled.ramp_length_samples
+    base_batches = _scaled_ramp(base_batches, factor)
+    samples = base_batches.samples_after(run_length_steps(base_batches, *length))
+    if scaled != base_batches:
+        found |= {"train.train_steps": None, "train.train_samples": samples}
+    num_steps = scaled.steps_within(samples)
+    ends = {"batch-size ramp": scaled.stages()[-1].first_step}
+    if curriculum := data._curriculum:
+        steps = max(1, round(curriculum.num_steps * factor))
+        curriculum = dataclasses.replace(curriculum, num_steps=steps, batch_schedule=scaled)
+        if factor != 1:
+            found["LengthCurriculum.num_steps"] = steps
+        ends["length curriculum"] = curriculum.stages[-1].first_step
+    for kind, end in ends.items():
+        if end > num_steps:
+            raise BadInput(
+                f"overlay {name}: its {kind} ends at step {end:,}, the run after {num_steps:,} steps; make it shorter, "
+                "or leave the base as long as it is meant for and give --tokens, which shortens both"
+            )
+    return found
 
 
 def _check_data(name: str, base: Sequence[Any], found: Sequence[Any]) -> None:

@@ -10,7 +10,9 @@ from ablate_table import Result
 
 
 def plot(results: Mapping[str, Sequence[Result]], path: str) -> None:
-    """Left: loss at the end. Right: loss by length of the windows if that was measured, else during training."""
+    """Left: loss at the end. Right: loss by length of the windows if that was measured, else during training. Overlays
+    without a result are left out."""
+    results = {name: found for name, found in results.items() if found}
     pyplot = scaling_plots.pyplot()
     figure, (ends, curves) = pyplot.subplots(
         1, 2, figsize=(5.0 + 0.7 * len(results) + 5.4, 4.4), layout="constrained",
