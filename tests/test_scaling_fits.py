@@ -318,6 +318,21 @@ def test_approach_1_recovers_planted_exponents(exponent):
     assert not found.warnings
 
 
+def test_a_size_that_differs_in_its_last_digits_is_one_size():
+    """As where N comes from rounded flops / 6D."""
+    curves = horizons(LAW, 0)
+    rng = np.random.default_rng(0)
+    factors = 1 + 1e-5 * rng.standard_normal(len(curves))
+    rounded = [
+        dataclasses.replace(curve, params=curve.params * factor)
+        for curve, factor in zip(curves, factors, strict=True)
+    ]
+    clean, found = (fit_envelope(each, num_bootstrap=50) for each in (curves, rounded))
+    assert found.values["a"] == pytest.approx(clean.values["a"], abs=1e-3)
+    assert found.details["num_best_sizes"] == clean.details["num_best_sizes"] == 7
+    assert found.warnings == clean.warnings == ()
+
+
 def test_the_envelope_needs_curves_and_sizes():
     curves = horizons(LAW, 0)
     ends = [dataclasses.replace(c, tokens=c.tokens[-1:], loss=c.loss[-1:]) for c in curves]
