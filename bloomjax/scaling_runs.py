@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from bloomjax import flops
 from bloomjax.errors import BadInput
 from bloomjax.scaling_laws import FLOPS_PER_PARAM_TOKEN
 
 # A run has at least two of the first three, and a loss.
+NON_EMBEDDING = "params_non_embedding"  # the column of Kaplan's N
 SIZES = ("params", "tokens", "flops")
 NUMBERS = (*SIZES, "loss", "schedule_tokens", "unique_tokens", "share")
 # What makes losses comparable: kept where all runs agree, so that `check` can compare it with a run.
@@ -184,7 +186,9 @@ def read_curves(
     columns = {name for row in rows for name in row}
     _check_columns(path, columns)
     numbers = [_numbers(f"{path} line {_line(path, n)}", row) for n, row in enumerate(rows)]
-    remarks = _compare_flops(path, numbers)
+    # The flops that `collect` writes are of all parameters.
+    is_kaplan = (rename or {}).get(NON_EMBEDDING) == "params"
+    remarks = [] if is_kaplan else _compare_flops(path, numbers)
     groups: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(rows):
         label = str(row.get("run") or "") or f"{path} line {_line(path, number)}"
@@ -300,6 +304,14 @@ def _curve(label: str, language: str, rows: list[dict[str, Any]]) -> Curve:
         language=language or None,
         share=share,
     )
+
+
+def num_params_of(shape: Mapping[str, Any], details: Mapping[str, Any]) -> Any:
+    """N of a model (`BloomConfig.shape`; arrays too) as a law counts it, by the details of its fit: all parameters, or
+    those outside the embedding where it was fitted on `params_non_embedding`."""
+    if details.get("params_column") == NON_EMBEDDING:
+        shape = {**shape, "vocab_size": 0, "num_positions": 0}
+    return flops.num_params(**shape)
 
 
 def text_of_run(model_dir: Path, sequence_length: int) -> dict[str, str]:

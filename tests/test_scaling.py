@@ -373,6 +373,33 @@ def test_check_flags_a_slow_run_with_its_exit_code(run_folder, run):
     assert code == 2 and record["effective_params"] < record["params"] / 4
 
 
+def test_a_law_of_non_embedding_parameters_gets_them(run_folder, run, answer, tmp_path):
+    """The vocabulary is half of tiny's parameters: with all of them the law would expect another loss."""
+    size = scaling_collect.read_run(str(run_folder))
+    table = (run_folder.parent / "law.csv").with_name("kaplan.csv")
+    rows = rows_of(law_around(run_folder, run).with_name("law.csv").read_text())
+    with table.open("w") as file:
+        writer = csv.DictWriter(file, ["flops", "params_non_embedding", *CURVE_COLUMNS])
+        writer.writeheader()
+        for row in rows:
+            shrunk = float(row["params"]) * size.params_non_embedding / size.params
+            # As `collect` writes them: of all parameters.
+            total = 20 * 6 * shrunk * float(row["tokens"])
+            writer.writerow(row | {"params_non_embedding": shrunk, "flops": total})
+    words = [f"fit {table} --columns=params_non_embedding:params --starts=1125 --bootstrap=50"]
+    record = answer(*words[0].split())
+    assert record["details"]["params_column"] == "params_non_embedding" and not any(
+        "flops" in warning for warning in record["warnings"]
+    )
+    law = tmp_path / "kaplan.json"
+    law.write_text(json.dumps(record))
+    found = answer("check", run_folder, f"--law={law}")
+    assert found["params"] == size.params_non_embedding and found["verdict"] == "on its curve"
+    total = answer("check", run_folder, f"--law={law_around(run_folder, run)}")
+    assert total["params"] == size.params
+    assert found["expected"] == pytest.approx(total["expected"], rel=2e-3)
+
+
 def test_check_says_when_the_text_differs(run_folder, run):
     law = law_around(run_folder, run, factor=0.7, vocabulary="another")
     code, out, _ = run("check", run_folder, f"--law={law}")
@@ -487,6 +514,20 @@ def test_shapes_have_the_size_that_was_asked_for():
     assert (small.num_layers, small.emb_dim, small.num_heads) == (2, 48, 2)
     with pytest.raises(BadInput, match="has about 1e.06 parameters; the nearest has 32,"):
         scaling_sweep.find_shape(1e6, vocab_size=250_880, head_dim=128, aspect=100)
+
+
+def test_shapes_may_be_asked_for_without_the_embedding(answer):
+    details = {"params_column": "params_non_embedding"}
+    asked = dict(vocab_size=250_880, head_dim=128, aspect=60)
+    shape = scaling_sweep.find_shape(3e8, **asked, details=details)
+    inner = flops.num_non_embedding_params(
+        emb_dim=shape.emb_dim, num_layers=shape.num_layers, mlp_dim=4 * shape.emb_dim
+    )
+    assert abs(inner / 3e8 - 1) < 0.055
+    assert shape.params - inner == 250_880 * shape.emb_dim
+    (best,) = answer("optimal", "--flops=1e21", "--law=kaplan")["answers"]
+    embedding = 250_880 * best["shape"]["emb_dim"]
+    assert best["shape"]["params"] - embedding == pytest.approx(best["params"], rel=0.05)
 
 
 def test_shapes_have_the_parts_of_the_base():

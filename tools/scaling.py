@@ -46,7 +46,13 @@ from bloomjax.scaling_laws import (
     named_laws,
     table_law,
 )
-from bloomjax.scaling_runs import Curve, final_runs, read_curves, text_of_run
+from bloomjax.scaling_runs import (
+    NON_EMBEDDING,
+    Curve,
+    final_runs,
+    read_curves,
+    text_of_run,
+)
 
 _FLAGS = flags.FlagValues()
 _APPROACH = flags.DEFINE_string(
@@ -123,7 +129,8 @@ def fit(words: Sequence[str]) -> Any:
     path = _one(words, "fit", "a table of runs, such as runs.csv")
     if _PLOT.value:
         scaling_plots.check_path(_PLOT.value)
-    curves, shared, remarks = read_curves(path, _renaming())
+    renaming = _renaming()
+    curves, shared, remarks = read_curves(path, renaming)
     if any(curve.language for curve in curves):
         if _APPROACH.value != "3" or _PLOT.value:
             raise BadInput(
@@ -134,6 +141,7 @@ def fit(words: Sequence[str]) -> Any:
         raise BadInput("approach repeated has no picture; leave --plot out")
     found = fit_curves(curves, _APPROACH.value, _STARTS.value, _BOOTSTRAP.value)
     details = found.details | {"text": shared}
+    details["params_column"] = {new: old for old, new in renaming.items()}.get("params", "params")
     found = dataclasses.replace(
         found, details=details, warnings=(*found.warnings, *(f"{path}: {r}" for r in remarks))
     )
@@ -301,17 +309,7 @@ def advise(
     name: str, value: float, law_name: str, unique_tokens: float | None
 ) -> list[dict[str, Any]]:
     """What each law of `law_name` makes of a budget ("flops"), a size ("params") or a length ("tokens")."""
-    found: Fit | None = None
-    if _is_file(law_name):
-        found = Fit.read(law_name, "--law")
-        law = found.law
-        if isinstance(law, DataConstrainedLaw | ShareLaw):
-            raise BadInput(
-                f"--law={law_name} is of approach {found.approach}; optimal needs 1, 2, 3 or kaplan"
-            )
-        laws = {f"approach {found.approach} of {law_name}": law}
-    else:
-        laws = named_laws(law_name)
+    found, laws, details = _read_law(law_name)
     limits = found.limits["flops"] if found else CHINCHILLA_FLOPS  # Kaplan's lie no higher
     answers = []
     for label, law in laws.items():
@@ -326,9 +324,9 @@ def advise(
                 f"--{name}={value:.4g} means {best.params:.3g} parameters on {best.tokens:.3g} tokens; "
                 "are the units mixed up?"
             )
-        answer = {"law": label if found else f"{law_name}, {label}", **best._asdict()}
+        answer = {"law": label, **best._asdict()}
         answer["tokens_per_param"] = best.tokens / best.params
-        answer["remarks"] = _remarks(law_name, best.flops, limits)
+        answer["remarks"] = _remarks(law_name, best.flops, limits, details)
         if found:
             answer["interval"] = {
                 part: found.interval_of(
@@ -339,11 +337,24 @@ def advise(
             }
         if best.loss is not None:
             answer["critical_batch_tokens"] = KAPLAN_BATCH.inverse(best.loss)
-        answer["shape"] = _shape(best.params)
+        answer["shape"] = _shape(best.params, details)
         answers.append(answer)
     if unique_tokens:
         answers.append(_with_repetition(answers[-1]["flops"], unique_tokens))
     return answers
+
+
+def _read_law(name: str) -> tuple[Fit | None, dict[str, Any], Mapping[str, Any]]:
+    """The laws of --law that advise a size, by label, the fit if it is a file, and details: which parameters are N."""
+    if not _is_file(name):
+        details = {"params_column": NON_EMBEDDING} if name == "kaplan" else {}
+        return None, {f"{name}, {label}": law for label, law in named_laws(name).items()}, details
+    found = Fit.read(name, "--law")
+    if isinstance(found.law, DataConstrainedLaw | ShareLaw):
+        raise BadInput(
+            f"--law={name} is of approach {found.approach}, which says no best size; give 1, 2, 3 or kaplan"
+        )
+    return found, {f"approach {found.approach} of {name}": found.law}, found.details
 
 
 def _solve(law: Any, name: str, value: float) -> Optimum:
@@ -359,11 +370,13 @@ def _with_repetition(flops: float, unique_tokens: float) -> dict[str, Any]:
         "tokens_per_param": best.tokens / best.params,
         "epochs": best.tokens / unique_tokens,
         "remarks": ["constants of arXiv 2305.16264: trust the trend, not the loss"],
-        "shape": _shape(best.params),
+        "shape": _shape(best.params, {}),
     }
 
 
-def _remarks(law_name: str, flops: float, limits: tuple[float, float]) -> list[str]:
+def _remarks(
+    law_name: str, flops: float, limits: tuple[float, float], details: Mapping[str, Any]
+) -> list[str]:
     remarks = []
     if flops > 10 * limits[1] and law_name != "kaplan":
         remarks.append(
@@ -373,21 +386,22 @@ def _remarks(law_name: str, flops: float, limits: tuple[float, float]) -> list[s
         remarks.append(
             "from the rounded constants of the paper: not what its fit says; take chinchilla"
         )
+    if details.get("params_column") == NON_EMBEDDING:
+        remarks.append("params, and the 6ND of them, are those outside the embedding")
     if law_name == "kaplan":
-        remarks.append(
-            "parameters outside the embedding; superseded: learning rates were not fitted to the length of the runs"
-        )
+        remarks.append("superseded: learning rates were not fitted to the length of the runs")
     return remarks
 
 
-def _shape(params: float) -> dict[str, int] | None:
-    """A BLOOM of about this size, with BLOOM's vocabulary; None if the vocabulary alone is more."""
+def _shape(params: float, details: Mapping[str, Any]) -> dict[str, int] | None:
+    """A BLOOM of about this size, as a law with `details` counts it, with BLOOM's vocabulary; None if that is more."""
     try:
         # emb_dim / num_layers of BLOOM: 43 at 560M, 205 at 176B.
         aspect = 43 * (params / 560e6) ** 0.27
         shape = scaling_sweep.find_shape(
-            params, vocab_size=_VOCAB_SIZE, head_dim=_HEAD_DIM, aspect=min(max(aspect, 20), 400)
-        )
+            params, vocab_size=_VOCAB_SIZE, head_dim=_HEAD_DIM, aspect=min(max(aspect, 20), 400),
+            details=details,
+        )  # fmt: skip
     except BadInput:
         return None
     return dataclasses.asdict(shape)
@@ -538,16 +552,11 @@ def sweep(words: Sequence[str]) -> Any:
         raise BadInput(
             "sweep needs --budgets and --sizes of at least 1, --span above 1, --flops above 0"
         )
-    law = (
-        Fit.read(_LAW.value, "--law").law
-        if _is_file(_LAW.value)
-        else list(named_laws(_LAW.value).values())[-1]
-    )
-    if isinstance(law, DataConstrainedLaw | ShareLaw):
-        raise BadInput(f"--law={_LAW.value} says no best size")
+    _, laws, details = _read_law(_LAW.value)
+    law = list(laws.values())[-1]
     budgets = scaling_sweep.budgets_of(_FLOPS.value, _BUDGETS.value, _SIZES.value, 3.0)
     runs, remarks = scaling_sweep.plan(
-        scaling_sweep.read_base(), law, budgets, _SIZES.value, _SPAN.value, _OUT.value
+        scaling_sweep.read_base(), law, budgets, _SIZES.value, _SPAN.value, _OUT.value, details
     )
     if not runs:
         raise BadInput(f"no run fits into --flops={_FLOPS.value:.3g}: {remarks[0]}")
@@ -596,25 +605,24 @@ def check(words: Sequence[str]) -> Any:
     law = Fit.read(_LAW.value, "--law")
     loss_kind = loss_curves.loss_kind_of(law, _LOSS.value)
     run = scaling_collect.read_run(path)
-    curve = run.curve(loss_kind)
+    is_kaplan = law.details.get("params_column") == NON_EMBEDDING
+    params = run.params_non_embedding if is_kaplan else run.params
+    curve = dataclasses.replace(run.curve(loss_kind), params=params)
     verdict = loss_curves.check(curve, run.end_tokens, law)
     verdict = loss_curves.check_text(verdict, law, text_of_run(run.path, run.sequence_length))
     if _PLOT.value:
         scaling_plots.plot_check(verdict, curve, run.end_tokens, _PLOT.value)
-    record = dataclasses.asdict(verdict) | {"params": run.params, "end_tokens": run.end_tokens}
+    record = dataclasses.asdict(verdict) | {"params": params, "end_tokens": run.end_tokens}
     record["band"] = verdict.band.tolist()
     record["loss_kind"] = loss_kind
-    _show(record, lambda: _print_check(path, run, verdict, loss_kind))
+    size = f"{_count(params)} parameters" + (" outside the embedding" if is_kaplan else "")
+    of = f"{path}: {size}, {verdict.fraction:.0%} of {_count(run.end_tokens)} tokens"
+    _show(record, lambda: _print_check(of, verdict, loss_kind))
     return EXIT_SLOW if verdict.verdict == "slow" else 0
 
 
-def _print_check(
-    path: str, run: scaling_collect.RunFolder, verdict: loss_curves.Verdict, loss_kind: str
-) -> None:
-    print(
-        f"{path}: {_count(run.params)} parameters, {verdict.fraction:.0%} of {_count(run.end_tokens)} tokens: "
-        f"{verdict.verdict}"
-    )
+def _print_check(of: str, verdict: loss_curves.Verdict, loss_kind: str) -> None:
+    print(f"{of}: {verdict.verdict}")
     if verdict.expected is not None and verdict.interval is not None:
         low, high = verdict.interval
         print(

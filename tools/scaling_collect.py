@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bloomjax import config, flops
+from bloomjax import config
 from bloomjax.errors import BadInput
 from bloomjax.loss_curves import smooth, thin
-from bloomjax.scaling_runs import Curve, text_of_run
+from bloomjax.scaling_runs import NON_EMBEDDING, Curve, num_params_of, text_of_run
 from bloomjax.schedules import run_length_steps
 
 COLUMNS = (
@@ -98,10 +98,8 @@ def read_run(path: str) -> RunFolder:
     unique, shares = _open_store(gin_file)
     return RunFolder(
         path=folder,
-        params=flops.num_params(**model.shape),
-        params_non_embedding=flops.num_params(
-            **model.shape | {"vocab_size": 0, "num_positions": 0}
-        ),
+        params=num_params_of(model.shape, {}),
+        params_non_embedding=num_params_of(model.shape, {"params_column": NON_EMBEDDING}),
         sequence_length=length,
         end_tokens=batches.samples_after(num_steps) * length,
         end_samples=batches.samples_after(num_steps),
