@@ -47,6 +47,11 @@ def fit_isoflop(
     scaled = np.concatenate([group.scaled_residuals for group in groups])
     minima = np.stack([group.resample(scaled, rng, num_bootstrap) for group in groups], 1)
     good = np.isfinite(minima).all(1)
+    if not good.any():
+        raise BadInput(
+            f"approach 2: none of the {num_bootstrap} bootstrap replicates has a minimum at every budget; "
+            "sizes are too close together, or the loss is too noisy"
+        )
     if good.mean() < 0.9:
         warnings.append(
             f"{1 - good.mean():.0%} of the bootstrap replicates have a parabola without a minimum: "

@@ -80,7 +80,8 @@ class PredictedLoss:
     ) -> None:
         """At each start and after a roll back, when metrics.jsonl ends with the step to go on from.
 
-        Of the process that writes; in others `note` says nothing. params: `params_of` the model. schedule_tokens: where the cosine ends.
+        Of the process that writes; in others `note` says nothing. params: `params_of` the model.
+        schedule_tokens: where the cosine ends.
         """
         self._journal, self._model_dir = journal, model_dir
         self._params, self._end_tokens = params, end_tokens

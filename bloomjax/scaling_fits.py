@@ -113,7 +113,7 @@ class Fit:
         """What `record` wrote. BadInput if something is missing."""
         try:
             names = record["names"]
-            return cls(
+            found = cls(
                 approach=record["approach"],
                 values={name: float(record[name]) for name in names},
                 interval={name: tuple(ends) for name, ends in record["interval"].items()},
@@ -126,6 +126,10 @@ class Fit:
                 level=record["level"],
                 details=record["details"],
             )
+            assert isinstance(found.law, AnyLaw)  # its constants are there
+            return found
+        except BadInput:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"not a law of `fit --json`: {error!r}") from None
 
@@ -156,6 +160,8 @@ def law_of(approach: str, values: Mapping[str, float], details: Mapping[str, Any
     if approach == "repeated":
         base = ParametricLaw(**details["base"])
         return DataConstrainedLaw(base, values["tokens_decay"], values["params_decay"])
+    if approach not in ("1", "2"):
+        raise BadInput(f"there is no approach {approach!r}")
     return FrontierLaw(
         values["params_coefficient"], values["a"], values["tokens_coefficient"], values["b"]
     )

@@ -153,6 +153,9 @@ def test_fit_by_language(tmp_path, answer, run):
     assert found["mixture"]["sw"]["share"] == pytest.approx(0.484, abs=0.03)
     code, _, err = run("fit", tmp_path / "runs.csv", "--approach=2")
     assert code == 1 and "has languages: they are fitted by approach 3 with shares" in err
+    for flag in ("--bootstrap=0", "--bootstrap=-5", "--params=-1e9", "--params=nan", "--tokens=0"):
+        code, _, err = run("fit", tmp_path / "runs.csv", flag)
+        assert code == 1 and err.startswith(f"bloomjax: {flag.split('=')[0]}="), err
     code, out, _ = run("fit", tmp_path / "runs.csv", "--bootstrap=20")
     assert code == 0 and "3 languages; shares for" in out and "transfer" in out
 
@@ -321,6 +324,37 @@ def test_collect_without_the_store(run_folder, run, tmp_path):
     code, out, err = run("collect", moved)
     assert code == 0 and "its token store is not there; unique_tokens unknown" in err
     assert rows_of(out)[-1]["unique_tokens"] == ""
+
+
+def test_planned_tokens_of_samples_that_are_not_whole(tiny_text, run_folder, tmp_path):
+    """A curriculum sees 8 tokens, then 16 of each sample: with the store, and from what the run wrote."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    gin = (run_folder / "config.gin").read_text()
+    gin += "\nTrainData.curriculum = @LengthCurriculum()\n"
+    gin += "LengthCurriculum.start = 8\nLengthCurriculum.end = 16\nLengthCurriculum.step = 8\n"
+    gin += "LengthCurriculum.num_steps = 20\nLengthCurriculum.batch_schedule = @BatchSchedule()\n"
+    (folder / "config.gin").write_text(gin)
+    data = config.build("train.train_data", folder / "config.gin").open()
+    records = [
+        {"step": step, "samples": 8 * step, "tokens": data.kept.tokens_after(8 * step), "loss": 3.0}
+        for step in range(1, 41)
+    ]
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = scaling_collect.read_run(str(folder))
+    assert found.end_tokens == records[-1]["tokens"] < 40 * 8 * 16
+    assert found.schedule_tokens == data.kept.tokens_after(400)
+    moved = gin.replace("STORE_DIR = '", "STORE_DIR = '/nowhere")
+    (folder / "config.gin").write_text(moved)
+    away = scaling_collect.read_run(str(folder))
+    assert (away.end_tokens, away.unique_tokens) == (found.end_tokens, None)
+    assert away.schedule_tokens == found.schedule_tokens
+    half = path.read_text().splitlines(keepends=True)[:20]
+    path.write_text("".join(half))
+    plan = {"plan": {"num_tokens": found.end_tokens}}
+    (folder / "journal.jsonl").write_text(json.dumps(plan) + "\n")
+    assert scaling_collect.read_run(str(folder)).end_tokens == found.end_tokens
 
 
 def law_around(folder, run, factor=1.0, vocabulary=None):
@@ -572,6 +606,9 @@ BAD = {
     ("optimal", "--gpu_hours=5", "--mfu=40"): "--mfu=40.0 must lie between 0 and 1",
     ("optimal", "1e21"): "optimal takes flags only, got '1e21'",
     ("optimal", "--flopz=1"): "Unknown command line flag 'flopz'. Did you mean: flops",
+    ("optimal", "--params=1e200"): "are the units mixed up?",
+    ("optimal", "--tokens=1e300"): "are the units mixed up?",
+    ("sweep", "--gin_file=tiny.gin", "--flops=1e15", "--out=x", "--span=nan"): "--span above 1",
     ("table", "3"): "table takes flags only",
     ("collect",): "collect needs the MODEL_DIRs of finished runs",
     ("collect", "nowhere"): "nowhere is no MODEL_DIR: no config.gin (there is no such folder)",

@@ -187,6 +187,17 @@ def test_a_fit_is_the_same_again_and_survives_json():
         Fit.from_record({"approach": "3"})
 
 
+def test_a_damaged_law_is_one_line():
+    record = fit(chinchilla_range(0, num=20), num_bootstrap=20).record()
+    for change, line in (
+        ({"approach": "9"}, "there is no approach '9'"),
+        ({"names": ["E", "A"]}, "not a law of `fit --json`"),
+        ({"approach": "2"}, "not a law of `fit --json`"),
+    ):
+        with pytest.raises(BadInput, match=line):
+            Fit.from_record(record | change)
+
+
 def test_interval_of_what_follows_from_a_law():
     found = fit(chinchilla_range(7, num=120))
     low, high = found.interval_of(lambda law: law.optimum(1e22).params)
@@ -297,6 +308,16 @@ def test_a_parabola_upside_down_is_no_minimum():
     assert any("the loss has no minimum in size" in warning for warning in found.warnings)
     with pytest.raises(BadInput, match="needs two budgets or more .* found 0"):
         fit_isoflop(Runs.of(runs.params, runs.tokens, 6 - runs.loss))
+
+
+def test_no_replicate_with_a_minimum_is_one_line():
+    """25 budgets whose parabolas are mostly noise: of each replicate, one at least has none."""
+    size = np.geomspace(0.1, 0.3, 4)
+    params = np.concatenate([size * np.sqrt(c) for c in np.geomspace(1e18, 1e22, 25)])
+    tokens = np.repeat(np.geomspace(1e18, 1e22, 25), 4) / 6 / params
+    noise = np.exp(0.03 * np.random.default_rng(27).normal(size=100))
+    with pytest.raises(BadInput, match="none of the 100 bootstrap replicates has a minimum"):
+        fit_isoflop(Runs.of(params, tokens, LAW.loss(params, tokens) * noise), num_bootstrap=100)
 
 
 def test_budgets_close_together_say_little():

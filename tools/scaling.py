@@ -129,6 +129,8 @@ def fit(words: Sequence[str]) -> Any:
     path = _one(words, "fit", "a table of runs, such as runs.csv")
     if _PLOT.value:
         scaling_plots.check_path(_PLOT.value)
+    if _BOOTSTRAP.value < 20:
+        raise BadInput(f"--bootstrap={_BOOTSTRAP.value} is too few for intervals; give 20 or more")
     renaming = _renaming()
     curves, shared, remarks = read_curves(path, renaming)
     if any(curve.language for curve in curves):
@@ -154,8 +156,6 @@ def fit(words: Sequence[str]) -> Any:
 def fit_curves(curves: Sequence[Curve], approach: str, starts: int, bootstrap: int) -> Fit:
     """The fit of one approach. Laws of the loss get the profile of the curves, which `check` needs."""
     runs = final_runs(curves)
-    if bootstrap < 20:
-        raise BadInput(f"--bootstrap={bootstrap} is too few for intervals; give 20 or more")
     if approach == "1":
         return fit_envelope(curves, num_bootstrap=bootstrap)
     if approach == "2":
@@ -220,6 +220,9 @@ def _print_fit(found: Fit) -> None:
 
 def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
     """A law for each language, and the shares they advise for --params and --tokens (default: the largest run)."""
+    for name, value in (("params", _PARAMS.value), ("tokens", _TOKENS.value)):
+        if value is not None:
+            _check_above_0(name, value)
     fits = language_laws.fit_languages(curves, num_bootstrap=min(_BOOTSTRAP.value, 200))
     runs = final_runs(curves)
     place = int(runs.flops.argmax())
@@ -281,8 +284,7 @@ def optimal(words: Sequence[str]) -> Any:
             f"optimal needs exactly one of --flops, --gpu_hours, --params, --tokens; got {', '.join(asked) or 'none'}"
         )
     ((name, value),) = asked.items()
-    if not (math.isfinite(value) and value > 0):
-        raise BadInput(f"--{name}={value} must be a number above 0")
+    _check_above_0(name, value)
     rate = _device_rate()
     if name == "gpu_hours":
         name, value = "flops", value * 3600 * rate
@@ -292,6 +294,11 @@ def optimal(words: Sequence[str]) -> Any:
     record = {"asked": asked, "device": _DEVICE.value, "mfu": _MFU.value, "answers": answers}
     _show(record, lambda: _print_optimal(asked, answers))
     return None
+
+
+def _check_above_0(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise BadInput(f"--{name}={value} must be a number above 0")
 
 
 def _device_rate() -> float:
@@ -313,7 +320,12 @@ def advise(
     limits = found.limits["flops"] if found else CHINCHILLA_FLOPS  # Kaplan's lie no higher
     answers = []
     for label, law in laws.items():
-        best = _solve(law, name, value)
+        try:
+            best = _solve(law, name, value)
+        except ArithmeticError:
+            raise BadInput(
+                f"--{name}={value:.4g} is beyond all numbers; are the units mixed up?"
+            ) from None
         if best.flops < limits[0] / _FAR_BELOW or best.params < 1:
             raise BadInput(
                 f"--{name}={value:.4g} means {best.flops:.3g} FLOPs, far below the runs behind the law "
@@ -548,7 +560,8 @@ def sweep(words: Sequence[str]) -> Any:
     _none(words, "sweep")
     if _FLOPS.value is None or not _OUT.value:
         raise BadInput("sweep needs --flops (of all runs together) and --out (a new folder)")
-    if _BUDGETS.value < 1 or _SIZES.value < 1 or _SPAN.value <= 1 or not _FLOPS.value > 0:
+    is_positive = 0 < _FLOPS.value < math.inf and 1 < _SPAN.value < math.inf
+    if _BUDGETS.value < 1 or _SIZES.value < 1 or not is_positive:
         raise BadInput(
             "sweep needs --budgets and --sizes of at least 1, --span above 1, --flops above 0"
         )
