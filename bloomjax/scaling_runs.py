@@ -23,6 +23,7 @@ NUMBERS = (*SIZES, "loss", "schedule_tokens", "unique_tokens", "share")
 TEXTS = ("loss_kind", "vocabulary", "sequence_length")
 # Outside of this a column holds something else: published runs lie between 0.3 and 6,000.
 _TOKENS_PER_PARAM = (1e-3, 1e6)
+_MIN_PARAMS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def read_table(path: str | Path, rename: Mapping[str, str] | None = None) -> lis
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
@@ -272,10 +273,12 @@ def _compare_flops(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> list[
         raise BadInput(
             f"{path}: flops is {middle:.3g} x 6 x params x tokens in the middle row; units are mixed up"
         )
-    odd = [ratio for ratio in ratios if not 0.5 <= ratio <= 2]
+    odd = [ratio for ratio in ratios if not 0.97 <= ratio <= 1.03]
     if odd:
+        worst = max(odd, key=lambda ratio: abs(math.log(ratio)))
         return [
-            f"flops is not 6 x params x tokens in {len(odd)} rows (up to a factor {max(odd):.2g})"
+            f"flops is not 6 x params x tokens in {len(odd)} rows (up to a factor {worst:.3g}); "
+            "the column is not used: C is 6ND throughout"
         ]
     return []
 
@@ -290,6 +293,10 @@ def _curve(label: str, language: str, rows: list[dict[str, Any]]) -> Curve:
         raise BadInput(
             f"{first['where']}: the run {label} has params from {min(sizes):.4g} to {max(sizes):.4g}; "
             "a run has one size (rows without a run column are runs of their own)"
+        )
+    if min(sizes) < _MIN_PARAMS:
+        raise BadInput(
+            f"{first['where']}: params is {min(sizes):.4g}; are these millions or billions? (give plain numbers)"
         )
     share = last.get("share")
     if share is not None and share > 1:

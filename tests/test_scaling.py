@@ -19,7 +19,7 @@ from tiny_run import REPOSITORY
 from bloomjax import config, flops
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
-from bloomjax.scaling_laws import DataConstrainedLaw
+from bloomjax.scaling_laws import CHINCHILLA, DataConstrainedLaw, ParametricLaw
 from bloomjax.scaling_runs import Curve
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -136,6 +136,26 @@ def test_fit_of_repetition_rests_on_a_law(tmp_path, answer, run):
     np.savetxt(table, rows, delimiter=",", header="params,tokens,loss,unique_tokens", comments="")
     found = answer("fit", table, "--approach=repeated", f"--law={law}", "--bootstrap=20")
     assert found["tokens_decay"] == pytest.approx(10, rel=0.3)
+    # --law takes names; what the runs do not lie on is said, and so is the base if none was given.
+    rough = answer("fit", table, "--approach=repeated", "--law=chinchilla", "--bootstrap=20")
+    assert rough["details"]["base"]["beta"] == CHINCHILLA.beta
+    assert any("the law misses the runs by" in warning for warning in rough["warnings"])
+    default = answer("fit", table, "--approach=repeated", "--bootstrap=20")
+    assert any("on top of the law of arXiv 2305.16264" in each for each in default["warnings"])
+    code, _, err = run("fit", table, "--approach=repeated", "--law=kaplan")
+    assert code == 1 and "--law=kaplan: repetition is fitted on top of a law of approach 3" in err
+    # `optimal` asks it, with its own constants and intervals.
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(found))
+    words = ["optimal", "--flops=1e21", f"--law={again}"]
+    base, best = answer(*words, "--unique_tokens=2e9")["answers"]
+    mine = DataConstrainedLaw(
+        ParametricLaw(**found["details"]["base"]), found["tokens_decay"], found["params_decay"]
+    ).optimum(1e21, 2e9)
+    assert best["params"] == pytest.approx(mine.params) and best["loss"] > base["loss"]
+    assert best["interval"]["params"][0] < mine.params < best["interval"]["params"][1]
+    code, _, err = run(*words)
+    assert code == 1 and "repeated: with optimal --unique_tokens" in err
 
 
 def test_fit_by_language(tmp_path, answer, run):

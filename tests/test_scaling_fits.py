@@ -187,6 +187,19 @@ def test_a_fit_is_the_same_again_and_survives_json():
         Fit.from_record({"approach": "3"})
 
 
+def test_residuals_are_counted_against_the_constants_they_were_fitted_with():
+    """Two of a power law of N, whose law of D follows; four of Kaplan's L(N, D)."""
+    curves = sweep(0)
+    runs = final_runs(curves)
+    for found, num_free in (
+        (fit_isoflop(isoflop(LAW, 0), num_bootstrap=20), 2),
+        (fit_kaplan(runs, num_bootstrap=20), 4),
+        (fit(runs, num_bootstrap=20), 5),
+    ):
+        expected = math.sqrt(np.sum(found.residuals**2) / (len(found.residuals) - num_free))
+        assert found.residual_std == pytest.approx(expected, rel=1e-12)
+
+
 def test_a_damaged_law_is_one_line():
     record = fit(chinchilla_range(0, num=20), num_bootstrap=20).record()
     for change, line in (

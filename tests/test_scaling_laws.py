@@ -285,6 +285,7 @@ BAD_TABLES = {
     "params,tokens,flops,loss\n1e8,2e9,2e9,3\n": "x 6 x params x tokens in the middle row; units are mixed up",
     "run,params,tokens,loss\na,1e8,2e9,3\na,2e8,4e9,3\n": r"the run a has params from 1e\+08 to 2e\+08",
     "params,tokens,loss,share\n1e8,2e9,3,30\n": "share is 30.0; shares lie between 0 and 1",
+    "params,tokens,loss\n1.3,26,3\n": r"params is 1.3; are these millions or billions\?",
     "params,tokens,loss\n": "has no rows",
     "": "has no rows",
 }
@@ -295,6 +296,11 @@ def test_bad_tables_are_one_line(tmp_path, text):
     with pytest.raises(BadInput, match=BAD_TABLES[text]) as error:
         read_curves(write(tmp_path, "runs.csv", text))
     assert "\n" not in str(error.value) and "runs.csv" in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    path = write(tmp_path, "runs.csv", "\ufeffparams,tokens,loss\n1e8,2e9,3\n")
+    assert read_curves(path)[0][0].params == 1e8
 
 
 def test_no_table(tmp_path):
@@ -309,7 +315,12 @@ def test_no_table(tmp_path):
 def test_flops_that_are_somewhat_off_are_remarked(tmp_path):
     text = "params,tokens,flops,loss\n1e8,2e9,1.2e18,3\n1e8,4e9,2.4e18,3\n1e8,8e9,1.6e19,3\n"
     _, _, remarks = read_curves(write(tmp_path, "runs.csv", text))
-    assert remarks == ["flops is not 6 x params x tokens in 1 rows (up to a factor 3.3)"]
+    assert remarks == [
+        "flops is not 6 x params x tokens in 1 rows (up to a factor 3.33); the column is not used: C is 6ND throughout"
+    ]
+    near = text.replace("1.6e19", "5.0e18")  # 4 % more than 6ND
+    assert "up to a factor 1.04" in read_curves(write(tmp_path, "runs.csv", near))[2][0]
+    assert not read_curves(write(tmp_path, "runs.csv", text.replace("1.6e19", "4.85e18")))[2]
 
 
 def test_runs_check_their_numbers():

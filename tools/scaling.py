@@ -161,12 +161,9 @@ def fit_curves(curves: Sequence[Curve], approach: str, starts: int, bootstrap: i
     if approach == "2":
         return fit_isoflop(runs, num_bootstrap=bootstrap)
     if approach == "repeated":
-        base = Fit.read(_LAW.value, "--law").law if _is_file(_LAW.value) else DATA_CONSTRAINED.base
-        if not isinstance(base, ParametricLaw):
-            raise BadInput(
-                f"--law={_LAW.value}: repetition is fitted on top of a law of approach 3"
-            )
-        return scaling_fits.fit_repetition(runs, base, num_bootstrap=bootstrap)
+        base, warnings = _base_of_repetition()
+        found = scaling_fits.fit_repetition(runs, base, num_bootstrap=bootstrap)
+        return dataclasses.replace(found, warnings=(*found.warnings, *warnings))
     if approach == "3":
         found = scaling_fits.fit_parametric(runs, num_starts=starts, num_bootstrap=bootstrap)
     elif approach == "kaplan":
@@ -180,6 +177,20 @@ def fit_curves(curves: Sequence[Curve], approach: str, starts: int, bootstrap: i
     except BadInput:
         return found
     return dataclasses.replace(found, details=found.details | {"profile": profile})
+
+
+def _base_of_repetition() -> tuple[ParametricLaw, list[str]]:
+    """The law of unrepeated text that --law names, and what is to be said of it."""
+    name = _LAW.value
+    if not _FLAGS["law"].present:
+        return DATA_CONSTRAINED.base, [
+            "on top of the law of arXiv 2305.16264, of other text: give --law=FILE, of runs that repeat nothing"
+        ]
+    laws = [Fit.read(name, "--law").law] if _is_file(name) else list(named_laws(name).values())
+    bases = [law for law in laws if isinstance(law, ParametricLaw)]
+    if not bases:
+        raise BadInput(f"--law={name}: repetition is fitted on top of a law of approach 3")
+    return bases[-1], []
 
 
 def _print_fit(found: Fit) -> None:
@@ -316,7 +327,8 @@ def advise(
     name: str, value: float, law_name: str, unique_tokens: float | None
 ) -> list[dict[str, Any]]:
     """What each law of `law_name` makes of a budget ("flops"), a size ("params") or a length ("tokens")."""
-    found, laws, details = _read_law(law_name)
+    found, laws, details = _read_law(law_name, unique_tokens)
+    repeated = found if found and found.approach == "repeated" else None
     limits = found.limits["flops"] if found else CHINCHILLA_FLOPS  # Kaplan's lie no higher
     answers = []
     for label, law in laws.items():
@@ -339,7 +351,7 @@ def advise(
         answer = {"law": label, **best._asdict()}
         answer["tokens_per_param"] = best.tokens / best.params
         answer["remarks"] = _remarks(law_name, best.flops, limits, details)
-        if found:
+        if found and not repeated:
             answer["interval"] = {
                 part: found.interval_of(
                     lambda each, part=part: getattr(_solve(each, name, value), part)
@@ -352,19 +364,26 @@ def advise(
         answer["shape"] = _shape(best.params, details)
         answers.append(answer)
     if unique_tokens:
-        answers.append(_with_repetition(answers[-1]["flops"], unique_tokens))
+        answers.append(_with_repetition(answers[-1]["flops"], unique_tokens, repeated))
     return answers
 
 
-def _read_law(name: str) -> tuple[Fit | None, dict[str, Any], Mapping[str, Any]]:
-    """The laws of --law that advise a size, by label, the fit if it is a file, and details: which parameters are N."""
+def _read_law(
+    name: str, unique_tokens: float | None = None
+) -> tuple[Fit | None, dict[str, Any], Mapping[str, Any]]:
+    """The laws of --law that advise a size, by label, the fit if it is a file, and details: which parameters are N.
+
+    A law of repetition needs `unique_tokens`; then its base is the law."""
     if not _is_file(name):
         details = {"params_column": NON_EMBEDDING} if name == "kaplan" else {}
         return None, {f"{name}, {label}": law for label, law in named_laws(name).items()}, details
     found = Fit.read(name, "--law")
+    if isinstance(found.law, DataConstrainedLaw) and unique_tokens:
+        return found, {f"base of {name}": found.law.base}, found.details
     if isinstance(found.law, DataConstrainedLaw | ShareLaw):
         raise BadInput(
-            f"--law={name} is of approach {found.approach}, which says no best size; give 1, 2, 3 or kaplan"
+            f"--law={name} is of approach {found.approach}, which says no best size; give 1, 2, 3 or kaplan "
+            "(repeated: with optimal --unique_tokens)"
         )
     return found, {f"approach {found.approach} of {name}": found.law}, found.details
 
@@ -374,14 +393,25 @@ def _solve(law: Any, name: str, value: float) -> Optimum:
     return solve[name](value)
 
 
-def _with_repetition(flops: float, unique_tokens: float) -> dict[str, Any]:
-    best = DATA_CONSTRAINED.optimum(flops, unique_tokens)
+def _with_repetition(flops: float, unique_tokens: float, fit: Fit | None) -> dict[str, Any]:
+    law = fit.law if fit else DATA_CONSTRAINED
+    assert isinstance(law, DataConstrainedLaw)
+    best = law.optimum(flops, unique_tokens)
+    interval = {
+        part: fit.interval_of(
+            lambda each, part=part: getattr(each.optimum(flops, unique_tokens), part)
+        )
+        for part in ("params", "tokens", "loss")
+        if fit
+    }
+    published = ["constants of arXiv 2305.16264: trust the trend, not the loss"]
     return {
         "law": f"data-constrained, {_count(unique_tokens)} unique tokens",
         **best._asdict(),
         "tokens_per_param": best.tokens / best.params,
         "epochs": best.tokens / unique_tokens,
-        "remarks": ["constants of arXiv 2305.16264: trust the trend, not the loss"],
+        "remarks": [] if fit else published,
+        "interval": interval,
         "shape": _shape(best.params, {}),
     }
 
