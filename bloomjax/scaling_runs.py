@@ -34,7 +34,7 @@ class Curve:
     params: N.
     tokens, loss: float64 [points], in the order of training; nats a token.
     schedule_tokens: where its cosine ends; None if unknown.
-    unique_tokens: of the text it saw; None if unknown or never repeated.
+    unique_tokens: of the text it saw, in its language if it has one; None if unknown or never repeated.
     language, share: of which language the loss is, and the language's share of the tokens (0 to 1).
     """
 
@@ -100,7 +100,8 @@ class Runs:
 def final_runs(curves: Sequence[Curve]) -> Runs:
     """The last point of each curve."""
     tokens = np.array([curve.tokens[-1] for curve in curves])
-    unique = [curve.unique_tokens or math.inf for curve in curves]
+    # The text of a language is used up after so many tokens of its run.
+    unique = [(curve.unique_tokens or math.inf) / (curve.share or 1.0) for curve in curves]
     return Runs(
         params=np.array([curve.params for curve in curves]),
         tokens=tokens,

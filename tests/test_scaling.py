@@ -171,6 +171,25 @@ def test_fit_by_language(tmp_path, answer, run):
     assert set(found["languages"]) == set(found["mixture"]) == set(PLANTED)
     assert sum(item["share"] for item in found["mixture"].values()) == pytest.approx(1)
     assert found["mixture"]["sw"]["share"] == pytest.approx(0.484, abs=0.03)
+    words = ["fit", tmp_path / "runs.csv", "--params=1e9", "--tokens=2e10", "--bootstrap=30"]
+    heavy = answer(*words, "--weights=en:1,ml:1,sw:100")
+    assert heavy["mixture"]["sw"]["share"] > found["mixture"]["sw"]["share"] + 0.1
+    for weights, line in (
+        ("en:1", "--weights has en; the table has en, ml, sw"),
+        ("en", "write LANGUAGE:NUMBER"),
+    ):
+        code, _, err = run(*words, f"--weights={weights}")
+        assert code == 1 and line in err
+    # A column unique_tokens caps the share at four epochs.
+    rows = rows_of((tmp_path / "runs.csv").read_text())
+    with (tmp_path / "little.csv").open("w") as file:
+        writer = csv.DictWriter(file, [*rows[0], "unique_tokens"])
+        writer.writeheader()
+        writer.writerows(
+            row | {"unique_tokens": 1e9 if row["language"] == "sw" else ""} for row in rows
+        )
+    little = answer("fit", tmp_path / "little.csv", *words[2:])["mixture"]["sw"]
+    assert little["is_capped"] and little["share"] == pytest.approx(4 * 1e9 / 2e10)
     code, _, err = run("fit", tmp_path / "runs.csv", "--approach=2")
     assert code == 1 and "has languages: they are fitted by approach 3 with shares" in err
     for flag in ("--bootstrap=0", "--bootstrap=-5", "--params=-1e9", "--params=nan", "--tokens=0"):
@@ -311,7 +330,7 @@ def test_collect(run_folder, run, tmp_path, tiny_text):
     assert len(curve.tokens) == 40 and shared["vocabulary"] == last["vocabulary"] and not remarks
 
 
-def test_collect_held_out_and_by_language(run_folder, run):
+def test_collect_held_out_and_by_language(run_folder, run, tiny_text):
     rows = rows_of(run("collect", run_folder, "--loss=validation")[1])
     records = [r for r in tiny_run.records(run_folder) if "validation_loss" in r and r["step"]]
     expected = [record["validation_loss"] for record in records]
@@ -320,6 +339,8 @@ def test_collect_held_out_and_by_language(run_folder, run):
     assert {row["language"] for row in rows} == {"aa", "bb", "cc"}
     last = {row["language"]: row for row in rows}
     assert sum(float(row["share"]) for row in last.values()) == pytest.approx(1)
+    for name in ("aa", "bb", "cc"):
+        assert int(last[name]["unique_tokens"]) == tiny_text.store.num_tokens(name, "train")
     expected = records[-1]["loss_by_language"]["aa"]
     assert float(last["aa"]["loss"]) == pytest.approx(expected, abs=1e-6)
 

@@ -81,6 +81,12 @@ _PARAMS = flags.DEFINE_float(
 _TOKENS = flags.DEFINE_float(
     "tokens", None, "optimal: a length; fit: of the run to advise.", flag_values=_FLAGS
 )
+_WEIGHTS = flags.DEFINE_string(
+    "weights",
+    "",
+    "fit by language: LANGUAGE:NUMBER[,...], what a nat is worth.",
+    flag_values=_FLAGS,
+)
 _UNIQUE = flags.DEFINE_float(
     "unique_tokens", None, "optimal: text there is; more is repeated.", flag_values=_FLAGS
 )
@@ -240,17 +246,29 @@ def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
     params = _PARAMS.value or float(runs.params[place])
     tokens = _TOKENS.value or float(runs.tokens[place])
     remarks = list(remarks)
+    unique = {c.language: c.unique_tokens for c in curves if c.language and c.unique_tokens}
     try:
-        advice = language_laws.advise(fits, params, tokens)
+        advice = language_laws.advise(
+            fits, params, tokens, weights=_weights(fits), unique_tokens=unique or None
+        )
     except BadInput as error:
         advice = {}
         remarks.append(str(error))
+    try:
+        rates = language_laws.transfers(curves)
+    except BadInput as error:
+        rates = {}
+        remarks.append(f"no transfer rates: {error}")
+    remarks += [f"{name}: {line}" for name, each in rates.items() for line in each.warnings]
     last = {curve.language: curve for curve in curves}
     record = {
         "languages": {name: each.record() for name, each in fits.items()},
         "params": params,
         "tokens": tokens,
         "mixture": {name: each._asdict() for name, each in advice.items()},
+        "transfer": {
+            name: {"rates": each.rates, "interval": each.interval} for name, each in rates.items()
+        },
         "remarks": remarks,
     }
 
@@ -270,7 +288,14 @@ def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
                 item = advice[name]
                 line += f"{item.share:>9.4f}   {item.interval[0]:.4f} .. {item.interval[1]:.4f}"
                 line += f"   transfer {_count(item.transferred_tokens)} tokens"
+                line += "   (all its text allows)" if item.is_capped else ""
             print(line)
+        for name, each in rates.items():
+            for other, rate in each.rates.items():
+                low, high = each.interval[other]
+                print(
+                    f"  a token of {other} is worth {rate:.3f} of {name} ({low:.3f} .. {high:.3f})"
+                )
         for name, each in fits.items():
             for warning in each.warnings:
                 print(f"  warning: {name}: {warning}")
@@ -278,6 +303,24 @@ def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
             print(f"  warning: {remark}")
 
     _show(record, show)
+
+
+def _weights(languages: Mapping[str, Any]) -> dict[str, float] | None:
+    """--weights. BadInput unless it has a number above 0 for every language."""
+    if not _WEIGHTS.value:
+        return None
+    pairs = [pair.rpartition(":") for pair in _WEIGHTS.value.split(",")]
+    try:
+        found = {name: float(number) for name, _, number in pairs}
+    except ValueError:
+        raise BadInput(
+            f"--weights={_WEIGHTS.value}: write LANGUAGE:NUMBER, separated by commas"
+        ) from None
+    for name, number in found.items():
+        _check_above_0(f"weights {name}", number)
+    if found.keys() != languages.keys():
+        raise BadInput(f"--weights has {', '.join(found)}; the table has {', '.join(languages)}")
+    return found
 
 
 # ---- optimal ----

@@ -28,8 +28,8 @@ LOSS_KINDS = ("train", "validation")
 class RunFolder:
     """A MODEL_DIR: what was planned, and what its metrics.jsonl says so far.
 
-    unique_tokens, shares: of its token store; None where the store cannot be opened. Shares that change on the way are
-    the mean over all tokens.
+    unique_by_language, shares: of its token store; None where the store cannot be opened. Shares that change on
+    the way are the mean over all tokens.
     """
 
     path: Path
@@ -40,9 +40,14 @@ class RunFolder:
     end_samples: int
     schedule_tokens: int
     vocabulary: str
-    unique_tokens: int | None
+    unique_by_language: dict[str, int] | None
     shares: dict[str, float] | None
     records: list[dict[str, Any]]
+
+    @property
+    def unique_tokens(self) -> int | None:
+        unique = self.unique_by_language
+        return sum(unique.values()) if unique else None
 
     @property
     def is_finished(self) -> bool:
@@ -69,6 +74,7 @@ class RunFolder:
             dataclasses.replace(
                 self._curve(records, np.array([r["loss_by_language"][name] for r in records])),
                 language=name,
+                unique_tokens=(self.unique_by_language or {}).get(name),
                 share=(self.shares or {}).get(name),
             )
             for name in records[-1]["loss_by_language"]
@@ -104,7 +110,7 @@ def read_run(path: str) -> RunFolder:
     decay_samples = config.build("train.learning_rate", gin_file).decay_samples
     data, unique, shares = _open_store(gin_file), None, None
     if data:
-        unique = sum(data.store.num_tokens(name, "train") for name in data.mixture.names)
+        unique = {name: data.store.num_tokens(name, "train") for name in data.mixture.names}
         shares = declared_shares(data.kept, end_samples)
         end_tokens, schedule_tokens = map(data.kept.tokens_after, (end_samples, decay_samples))
     else:
@@ -119,7 +125,7 @@ def read_run(path: str) -> RunFolder:
         end_samples=end_samples,
         schedule_tokens=schedule_tokens,
         vocabulary=text_of_run(folder, length)["vocabulary"],
-        unique_tokens=unique,
+        unique_by_language=unique,
         shares=shares,
         records=records,
     )
@@ -179,7 +185,7 @@ def rows(run: RunFolder, loss_kind: str, by_language: bool) -> Iterator[dict[str
                 "flops": 6 * run.params * int(tokens),
                 "loss": round(loss, 6),
                 "schedule_tokens": run.schedule_tokens,
-                "unique_tokens": run.unique_tokens,
+                "unique_tokens": curve.unique_tokens,
                 "loss_kind": "validation" if by_language else loss_kind,
                 "vocabulary": run.vocabulary,
                 "sequence_length": run.sequence_length,
