@@ -47,6 +47,11 @@ def fit_isoflop(
     scaled = np.concatenate([group.scaled_residuals for group in groups])
     minima = np.stack([group.resample(scaled, rng, num_bootstrap) for group in groups], 1)
     good = np.isfinite(minima).all(1)
+    if not good.any():
+        raise BadInput(
+            f"approach 2: none of the {num_bootstrap} bootstrap replicates has a minimum at every budget; "
+            "sizes are too close together, or the loss is too noisy"
+        )
     if good.mean() < 0.9:
         warnings.append(
             f"{1 - good.mean():.0%} of the bootstrap replicates have a parabola without a minimum: "
@@ -197,7 +202,9 @@ def fit_envelope(
         raise BadInput(
             "approach 1 needs training curves: a column run, with several rows for each run"
         )
-    num_sizes = len(np.unique(runs.params))
+    log_params = _merged(np.log(runs.params))
+    lengths = np.unique(log_params, return_counts=True)[1]
+    num_sizes = len(lengths)
     if num_sizes < 3:
         raise BadInput(f"approach 1 needs at least 3 sizes, these curves have {num_sizes}")
     log_flops = [np.log(FLOPS_PER_PARAM_TOKEN * curve.params * curve.tokens) for curve in curves]
@@ -208,7 +215,6 @@ def fit_envelope(
             for x, curve in zip(log_flops, curves, strict=True)
         ]
     )
-    log_params = np.log(runs.params)
     places, sizes = _envelope(losses, log_params)
     if len(np.unique(sizes)) < 2:
         raise BadInput(
@@ -225,7 +231,6 @@ def fit_envelope(
             samples.append(_power_law(grid[at], best)[0])
     warnings = []
     num_best = len(np.unique(sizes))
-    lengths = np.unique(runs.params, return_counts=True)[1]
     if np.median(lengths) < 3:
         warnings.append(
             "most sizes have fewer than 3 lengths of run: the best size between their ends is one of runs in mid-cosine"
@@ -245,6 +250,17 @@ def fit_envelope(
     }
     details = {"params_exponent": values[1], "num_best_sizes": num_best, "envelope": envelope}
     return dataclasses.replace(fit, details=details, warnings=(*fit.warnings, *warnings))
+
+
+def _merged(log_params: np.ndarray) -> np.ndarray:
+    """Each log of a size as the mean of those within 1 % of the next: from flops / 6D a size differs in its last
+    digits from run to run."""
+    order = np.argsort(log_params)
+    groups = np.cumsum(np.diff(log_params[order], prepend=log_params[order[0]]) > 0.01)
+    means = np.bincount(groups, log_params[order]) / np.bincount(groups)
+    found = np.empty_like(log_params)
+    found[order] = means[groups]
+    return found
 
 
 def _draw_curves(log_params: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -190,6 +190,44 @@ def fit_transfer(
     )
 
 
+_NUM_ALONE = 6  # runs of one language by itself, which approach 3 needs
+
+
+def transfers(curves: Sequence[Curve]) -> dict[str, TransferRates]:
+    """fit_transfer from a table by language: the laws of the languages that have runs by themselves (share 1), and the
+    rates from their other runs. BadInput, naming the language, where these are too few."""
+    runs: dict[str, dict[str, Curve]] = {}
+    for curve in curves:
+        runs.setdefault(curve.name, {})[str(curve.language)] = curve
+    found = {}
+    for language in sorted({str(curve.language) for curve in curves}):
+        own = [curve for curve in curves if curve.language == language and curve.share]
+        alone = [curve for curve in own if (curve.share or 0.0) > 0.999]
+        mixed = [curve for curve in own if (curve.share or 0.0) <= 0.999]
+        if len(alone) < _NUM_ALONE or not mixed:
+            continue
+        tokens = {
+            name: np.array(
+                [
+                    (runs[curve.name][name].share or 0.0) * curve.tokens[-1]
+                    if name in runs[curve.name]
+                    else 0.0
+                    for curve in mixed
+                ]
+            )
+            for name in sorted({name for curve in mixed for name in runs[curve.name]})
+        }
+        ends_ = final_runs(mixed)
+        try:
+            law = fit_parametric(final_runs(alone), num_starts=1125, num_bootstrap=NUM_BOOTSTRAP)
+            found[language] = fit_transfer(
+                law, ends_.params, tokens.pop(language), tokens, ends_.loss
+            )
+        except BadInput as error:
+            raise BadInput(f"language {language}: {error}") from None
+    return found
+
+
 # ---- mixture ----
 
 

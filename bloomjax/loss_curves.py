@@ -80,10 +80,16 @@ class Profile:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Profile":
-        found: dict[str, Any] = {
-            k: np.array(v, np.float64) if isinstance(v, list) else v for k, v in record.items()
-        }
-        return cls(**found)
+        """What `record` wrote. BadInput if it is damaged."""
+        names = ("fractions", "mean", "slope", "spread")
+        try:
+            arrays = np.stack([np.array(record[name], np.float64) for name in names])
+            numbers = [float(record[name]) for name in ("centre", "squares")]
+            if arrays.ndim != 2 or not arrays.size:
+                raise ValueError(f"{names} of shape {arrays.shape}")
+            return cls(*arrays, *numbers, num_runs=int(record["num_runs"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"the profile of the law is damaged: {error!r}") from None
 
 
 def floor_of(law: ParametricLaw | KaplanLaw) -> float:

@@ -89,7 +89,8 @@ def _update(
     bent = product > 1e-12 * np.linalg.norm(s, axis=1) * np.linalg.norm(y, axis=1)
     bent &= product > 0
     # Where it bent downwards there is nothing to learn but that the step was short.
-    inverse[active[~bent]] *= 4.0
+    with np.errstate(over="ignore"):  # of a start that has run away
+        inverse[active[~bent]] *= 4.0
     place, s, y, product = active[bent], s[bent], y[bent], product[bent]
     fresh = ~is_scaled[place]
     scale = product[fresh] / np.sum(y[fresh] ** 2, 1)

@@ -65,8 +65,8 @@ class NoiseScale:
 
     @property
     def samples(self) -> float | None:
-        """B_simple; None before the first step, or while the average of the signal is not above zero."""
-        if self.weight == 0 or self.signal <= 0:
+        """B_simple; None before the first step, or while the average of either term is not above zero."""
+        if self.noise <= 0 or self.signal <= 0:
             return None
         return self.noise / self.signal
 
@@ -118,7 +118,7 @@ def _terms(record, prefix, norm, samples) -> tuple[float, float] | None:
 def averaged(
     terms: Iterable[tuple[int, float, float]], decay: float = 0.99
 ) -> list[tuple[int, float]]:
-    """(step, noise scale in samples) from (step, noise, signal), where there is a signal."""
+    """(step, noise scale in samples) from (step, noise, signal), where there are both."""
     scale, found = NoiseScale(decay), []
     for step, noise, signal in terms:
         scale.add(noise, signal)
@@ -131,8 +131,12 @@ def verdict(noise_scale_samples: float, batch_size_samples: float) -> str:
     """What a batch of this size costs, by McCandlish et al., equations 5.1 and 5.2 (their section 2.3).
 
     With B samples a step, training takes (1 + scale / B) of the fewest possible steps and (1 + B / scale) of the fewest
-    possible samples.
+    possible samples. BadInput for a noise scale or a batch that is not above 0.
     """
+    if not min(noise_scale_samples, batch_size_samples) > 0:
+        raise BadInput(
+            f"no verdict on a noise scale of {noise_scale_samples} and a batch of {batch_size_samples} samples"
+        )
     steps = 1 + noise_scale_samples / batch_size_samples
     samples = 1 + batch_size_samples / noise_scale_samples
     cost = f"{steps:.2f} x the fewest steps, {samples:.2f} x the fewest samples"

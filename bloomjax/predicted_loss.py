@@ -6,6 +6,7 @@ restart, or a roll back, goes on where they end.
 
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bloomjax.loss_curves import (
     thin,
 )
 from bloomjax.scaling_fits import Fit
-from bloomjax.scaling_runs import Curve, text_of_run
+from bloomjax.scaling_runs import Curve, num_params_of, text_of_run
 
 OFF, BACK = "off_curve", "on_curve"  # events of the journal
 
@@ -63,6 +64,10 @@ class PredictedLoss:
         self._key = "validation_loss" if loss_kind_of(self._fit) == "validation" else "loss"
         self._journal: Journal | None = None
 
+    def params_of(self, shape: Mapping[str, Any]) -> int:
+        """N of a model of this shape (`BloomConfig.shape`) as the law counts it."""
+        return num_params_of(shape, self._fit.details)
+
     def begin(
         self,
         *,
@@ -75,7 +80,8 @@ class PredictedLoss:
     ) -> None:
         """At each start and after a roll back, when metrics.jsonl ends with the step to go on from.
 
-        Of the process that writes; in others `note` says nothing. schedule_tokens: where the cosine ends.
+        Of the process that writes; in others `note` says nothing. params: `params_of` the model.
+        schedule_tokens: where the cosine ends.
         """
         self._journal, self._model_dir = journal, model_dir
         self._params, self._end_tokens = params, end_tokens

@@ -253,8 +253,10 @@ class Run:
             records = read_lines(self.model_dir / "metrics.jsonl")[0]
             self._noise.begin([*records, self._pending or {}])
         if self._is_main and self._health.predicted_loss:
-            self._health.predicted_loss.begin(
-                model_dir=self.model_dir, journal=self._journal, params=self._num_params(), end_tokens=num_tokens,
+            predicted = self._health.predicted_loss
+            predicted.begin(
+                model_dir=self.model_dir, journal=self._journal,
+                params=predicted.params_of(self._model.config.shape), end_tokens=num_tokens,
                 schedule_tokens=self._data.kept.tokens_after(self._learning_rate.decay_samples),
                 sequence_length=self._data.sequence_length,
             )  # fmt: skip
@@ -688,9 +690,6 @@ class Run:
         """Tokens predicted in the samples at the positions [first, first + num)."""
         tokens_after = self._data.kept.tokens_after
         return tokens_after(first + num) - tokens_after(first)
-
-    def _num_params(self) -> int:
-        return flops.num_params(**self._model.config.shape)
 
     def _flops_per_token_of(self, sequence_length: float) -> flops.FlopCount:
         shape = self._model.config.shape

@@ -30,6 +30,10 @@ HUBER_DELTA = 1e-3  # of log loss; section 3.3 of arXiv 2203.15556
 NUM_BOOTSTRAP = 400
 LEVEL = 0.95
 
+# Constants the residuals were fitted with, where there are more values: b follows from a, the coefficient of D from
+# that of N; L(C) has residuals of its own.
+_NUM_FREE = {"1": 2, "2": 2, "kaplan": 4}
+
 AnyLaw = ParametricLaw | FrontierLaw | KaplanLaw | DataConstrainedLaw | ShareLaw
 
 
@@ -65,7 +69,8 @@ class Fit:
     @property
     def residual_std(self) -> float:
         """Root mean square of the residuals, with the constants counted off."""
-        freedom = max(1, len(self.residuals) - len(self.values))
+        num_free = _NUM_FREE.get(self.approach, len(self.values))
+        freedom = max(1, len(self.residuals) - num_free)
         return float(np.sqrt(np.sum(self.residuals**2) / freedom))
 
     def sample_laws(self) -> list[AnyLaw]:
@@ -113,7 +118,7 @@ class Fit:
         """What `record` wrote. BadInput if something is missing."""
         try:
             names = record["names"]
-            return cls(
+            found = cls(
                 approach=record["approach"],
                 values={name: float(record[name]) for name in names},
                 interval={name: tuple(ends) for name, ends in record["interval"].items()},
@@ -126,6 +131,10 @@ class Fit:
                 level=record["level"],
                 details=record["details"],
             )
+            assert isinstance(found.law, AnyLaw)  # its constants are there
+            return found
+        except BadInput:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"not a law of `fit --json`: {error!r}") from None
 
@@ -156,6 +165,8 @@ def law_of(approach: str, values: Mapping[str, float], details: Mapping[str, Any
     if approach == "repeated":
         base = ParametricLaw(**details["base"])
         return DataConstrainedLaw(base, values["tokens_decay"], values["params_decay"])
+    if approach not in ("1", "2"):
+        raise BadInput(f"there is no approach {approach!r}")
     return FrontierLaw(
         values["params_coefficient"], values["a"], values["tokens_coefficient"], values["b"]
     )
@@ -315,7 +326,8 @@ class KaplanForm:
     def _parts(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         n, d, r, alpha = points.T[:, :, None]
         first, second = n - r * self._x, d - self._y
-        total = np.logaddexp(first, second)
+        with np.errstate(invalid="ignore"):  # both are infinite where a start has run away
+            total = np.logaddexp(first, second)
         return alpha * total, total, np.exp(first - total)
 
     def residuals(self, point: np.ndarray) -> np.ndarray:
@@ -447,7 +459,7 @@ def fit_repetition(
     samples = np.exp(np.clip([solve(pick.astype(float), best) for pick in picks], -7, 14))
     names = ("tokens_decay", "params_decay")
     fit = make_fit("repeated", names, np.exp(np.clip(best, -7, 14)), samples, runs, -errors(best))
-    warnings = list(fit.warnings)
+    warnings = [*fit.warnings, *misfits(fit, runs)]
     if epochs.max() < 4:
         warnings.append(
             f"at most {epochs.max():.2g} epochs: up to 4, repeated text is as good as new; tokens_decay is unsure"

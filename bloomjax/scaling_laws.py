@@ -106,7 +106,7 @@ def _inverse(excess: float, coefficient: float, exponent: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """(scale / x)^exponent: Kaplan's L(N), L(D), L(C); inverted, the critical batch B*/ L^(1/alpha_B)."""
+    """(scale / x)^exponent; inverted, Kaplan's critical batch B* / L^(1/alpha_B)."""
 
     scale: float
     exponent: float
@@ -310,17 +310,13 @@ CHINCHILLA = ParametricLaw(
 CHINCHILLA_ROUNDED = ParametricLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 BESIROGLU = ParametricLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)  # 2404.10102
 
-# Of 2001.08361: each of L(N), L(D), L(C) where nothing else limits; non-embedding parameters, C in PF-days.
-KAPLAN_PARAMS = PowerLaw(8.8e13, 0.076)
-KAPLAN_TOKENS = PowerLaw(5.4e13, 0.095)
-KAPLAN_COMPUTE = PowerLaw(1.6e7, 0.057)
-KAPLAN_MIN_COMPUTE = PowerLaw(3.1e8, 0.050)
+# Of 2001.08361, non-embedding parameters: the critical batch in tokens, of the loss.
 KAPLAN_BATCH = PowerLaw(2.1e8, 0.21)
 KAPLAN = KaplanLaw(alpha_N=0.076, N_c=6.4e13, alpha_D=0.103, D_c=1.8e13)  # the joint fit, Table 2
-# N = 1.3e9 C^0.73, D = 2.0e10 C^0.27, C in PF-days. 6ND is 1.8 C: C is the compute at a tiny batch, and training at the
-# critical batch costs twice that.
-KAPLAN_FRONTIER = FrontierLaw(
-    1.3e9 / PETAFLOP_DAY_FLOPS**0.73, 0.73, 2.0e10 / PETAFLOP_DAY_FLOPS**0.27, 0.27
+# N = 1.3e9 C_min^0.73, D = 2.0e10 C_min^0.27, C_min in PF-days. C_min is the compute at a tiny batch, D the tokens at
+# the critical batch, which costs twice that (6ND is 1.8 C_min, by the rounding): a budget is what the run costs, 6ND.
+KAPLAN_FRONTIER = FrontierLaw.of_params(
+    1.3e9 / (FLOPS_PER_PARAM_TOKEN * 1.3e9 * 2.0e10) ** 0.73, 0.73
 )
 
 # 2305.16264, its repository huggingface/datablations.

@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from bloomjax import flops
 from bloomjax.errors import BadInput
 from bloomjax.scaling_laws import FLOPS_PER_PARAM_TOKEN
 
 # A run has at least two of the first three, and a loss.
+NON_EMBEDDING = "params_non_embedding"  # the column of Kaplan's N
 SIZES = ("params", "tokens", "flops")
 NUMBERS = (*SIZES, "loss", "schedule_tokens", "unique_tokens", "share")
 # What makes losses comparable: kept where all runs agree, so that `check` can compare it with a run.
 TEXTS = ("loss_kind", "vocabulary", "sequence_length")
 # Outside of this a column holds something else: published runs lie between 0.3 and 6,000.
 _TOKENS_PER_PARAM = (1e-3, 1e6)
+_MIN_PARAMS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Curve:
     params: N.
     tokens, loss: float64 [points], in the order of training; nats a token.
     schedule_tokens: where its cosine ends; None if unknown.
-    unique_tokens: of the text it saw; None if unknown or never repeated.
+    unique_tokens: of the text it saw, in its language if it has one; None if unknown or never repeated.
     language, share: of which language the loss is, and the language's share of the tokens (0 to 1).
     """
 
@@ -97,7 +100,8 @@ class Runs:
 def final_runs(curves: Sequence[Curve]) -> Runs:
     """The last point of each curve."""
     tokens = np.array([curve.tokens[-1] for curve in curves])
-    unique = [curve.unique_tokens or math.inf for curve in curves]
+    # The text of a language is used up after so many tokens of its run.
+    unique = [(curve.unique_tokens or math.inf) / (curve.share or 1.0) for curve in curves]
     return Runs(
         params=np.array([curve.params for curve in curves]),
         tokens=tokens,
@@ -134,7 +138,7 @@ def read_table(path: str | Path, rename: Mapping[str, str] | None = None) -> lis
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
@@ -184,7 +188,9 @@ def read_curves(
     columns = {name for row in rows for name in row}
     _check_columns(path, columns)
     numbers = [_numbers(f"{path} line {_line(path, n)}", row) for n, row in enumerate(rows)]
-    remarks = _compare_flops(path, numbers)
+    # The flops that `collect` writes are of all parameters.
+    is_kaplan = (rename or {}).get(NON_EMBEDDING) == "params"
+    remarks = [] if is_kaplan else _compare_flops(path, numbers)
     groups: dict[tuple[str, str], list[int]] = {}
     for number, row in enumerate(rows):
         label = str(row.get("run") or "") or f"{path} line {_line(path, number)}"
@@ -268,10 +274,12 @@ def _compare_flops(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> list[
         raise BadInput(
             f"{path}: flops is {middle:.3g} x 6 x params x tokens in the middle row; units are mixed up"
         )
-    odd = [ratio for ratio in ratios if not 0.5 <= ratio <= 2]
+    odd = [ratio for ratio in ratios if not 0.97 <= ratio <= 1.03]
     if odd:
+        worst = max(odd, key=lambda ratio: abs(math.log(ratio)))
         return [
-            f"flops is not 6 x params x tokens in {len(odd)} rows (up to a factor {max(odd):.2g})"
+            f"flops is not 6 x params x tokens in {len(odd)} rows (up to a factor {worst:.3g}); "
+            "the column is not used: C is 6ND throughout"
         ]
     return []
 
@@ -287,6 +295,10 @@ def _curve(label: str, language: str, rows: list[dict[str, Any]]) -> Curve:
             f"{first['where']}: the run {label} has params from {min(sizes):.4g} to {max(sizes):.4g}; "
             "a run has one size (rows without a run column are runs of their own)"
         )
+    if min(sizes) < _MIN_PARAMS:
+        raise BadInput(
+            f"{first['where']}: params is {min(sizes):.4g}; are these millions or billions? (give plain numbers)"
+        )
     share = last.get("share")
     if share is not None and share > 1:
         raise BadInput(f"{last['where']}: share is {share}; shares lie between 0 and 1")
@@ -300,6 +312,14 @@ def _curve(label: str, language: str, rows: list[dict[str, Any]]) -> Curve:
         language=language or None,
         share=share,
     )
+
+
+def num_params_of(shape: Mapping[str, Any], details: Mapping[str, Any]) -> Any:
+    """N of a model (`BloomConfig.shape`; arrays too) as a law counts it, by the details of its fit: all parameters, or
+    those outside the embedding where it was fitted on `params_non_embedding`."""
+    if details.get("params_column") == NON_EMBEDDING:
+        shape = {**shape, "vocab_size": 0, "num_positions": 0}
+    return flops.num_params(**shape)
 
 
 def text_of_run(model_dir: Path, sequence_length: int) -> dict[str, str]:

@@ -193,6 +193,8 @@ def test_a_run_is_the_algorithm_in_float64(tiny_text, reference, tmp_path, mesh)
     data, theirs = equal_shares(tiny_text).open(), params_of(reference, 20)
     paper = Paper(3, 1.0, 1e-3)
     records = {record["step"]: record for record in tiny_run.records(tmp_path / "run")}
+    # Rows that weigh unlike tell no noise scale.
+    assert not any("gradient_noise" in record for record in records.values())
     for step in range(2, 6):  # the parameters before step 1 are not saved
         if step == 2:
             start = state_of(tmp_path / "run", 1)

@@ -15,6 +15,7 @@ from bloomjax.language_laws import (
     fit_languages,
     fit_share,
     fit_transfer,
+    transfers,
 )
 from bloomjax.scaling_fits import Fit, fit_parametric
 from bloomjax.scaling_laws import ParametricLaw, ShareLaw
@@ -172,6 +173,26 @@ def test_transfer_rates_are_recovered():
     assert found.interval["a"][0] < 0.3 < found.interval["a"][1]
     assert found.interval["b"][0] < -0.05 < found.interval["b"][1]
     assert len(found.effective_tokens) == num and not found.warnings
+
+
+def test_transfer_rates_of_a_table():
+    """A language with runs by itself gets the rates of its other runs; one without gets none."""
+    law, rng = ParametricLaw(1.5, 300, 1500, 0.33, 0.35), np.random.default_rng(0)
+    curves = []
+    for number in range(60):
+        share = 1.0 if number % 2 else float(rng.uniform(0.2, 0.8))
+        params, tokens = np.exp(rng.uniform(np.log(1e8), np.log(5e9))), np.exp(rng.uniform(22, 25))
+        worth = tokens * (share + 0.3 * (1 - share))
+        for name, part in (("sw", share), ("en", 1 - share)):
+            if part:
+                loss = np.array([law.loss(params, worth)])
+                curve = Curve(
+                    str(number), params, np.array([tokens]), loss, language=name, share=part
+                )
+                curves.append(curve)
+    found = transfers(curves)
+    assert set(found) == {"sw"}
+    assert found["sw"].rates["en"] == pytest.approx(0.3, abs=0.02)
 
 
 def test_runs_no_monolingual_one_could_match_are_left_out():

@@ -12,6 +12,7 @@ from bloomjax.errors import BadInput
 from bloomjax.frontier_fits import fit_isoflop
 from bloomjax.loss_curves import FRACTIONS, Profile, check, fit_profile, smooth, thin
 from bloomjax.scaling_fits import Fit, fit_kaplan, fit_parametric
+from bloomjax.scaling_laws import BESIROGLU
 from bloomjax.scaling_runs import Curve, final_runs
 
 
@@ -35,6 +36,17 @@ def larger_run(number: int) -> tuple[float, float, np.random.Generator]:
     flops = 8.1e19 * 5 ** rng.uniform(0, 1)
     params = best_params(flops) * np.exp(rng.uniform(-0.7, 0.7))
     return params, flops / 6 / params, rng
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": None}, {"mean": [1.0]}, {"centre": "x"}, {"slope": {}}]
+)
+def test_a_damaged_profile_is_one_line(change):
+    curves = sweep(0)
+    good = fit_profile(curves, BESIROGLU).record()
+    assert Profile.from_record(good).record() == good
+    with pytest.raises(BadInput, match="the profile of the law is damaged"):
+        Profile.from_record(good | change)
 
 
 # ---- smoothing ----

@@ -148,6 +148,10 @@ def test_where_the_best_rate_is():
     assert sweep.cost == pytest.approx(2.8**2 - 0.2**2)
     text = "\n".join(rate_transfer.report(sweep))
     assert "moves by -3 steps of the grid" in text and text.count("*") == 4 and "2^-2.30" in text
+    around = [
+        (x - best) ** 2 + 1.0 for best in (-3, -4, -2)
+    ]  # one step from the narrowest's, two apart
+    assert Sweep("mup", WIDTHS[:3], rates, np.stack(around)).moves == 2
     edge = Sweep("mup", WIDTHS[:2], rates[:5], np.stack(rows[:2])[:, :5])
     assert edge.at_edge == [16] and "give other --rates" in rate_transfer.report(edge)[-1]
     found = json.loads(rate_transfer.as_json([sweep]))["mup"]

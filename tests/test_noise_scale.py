@@ -139,6 +139,19 @@ def test_the_tool(command, tmp_path):
     assert found["noise_scale_samples"] == pytest.approx([40.0] * 40)
 
 
+def test_steps_without_noise_or_batch_size_are_left_out(tmp_path):
+    folder = a_run(tmp_path / "run", [
+        record(1, gradient_noise=-1.0, gradient_signal=1.0),
+        record(2, gradient_noise=9.0, gradient_signal=1.0),
+        {k: v for k, v in record(3, gradient_noise=1.0, gradient_signal=1.0).items() if k != "batch_size"},
+    ])  # fmt: skip
+    found = tool.read(Path(folder), 0.0)
+    assert (found["steps"], found["noise_scale_samples"]) == ([2], [9.0])
+    for scale in (-0.5, 0.0):
+        with pytest.raises(BadInput, match="no verdict on a noise scale of"):
+            verdict(scale, 32)
+
+
 def test_nothing_measured_is_one_line(command, tmp_path):
     folder = a_run(tmp_path / "run", [record(1, loss=3.0)])
     for words, arguments in (

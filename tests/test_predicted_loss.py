@@ -94,6 +94,16 @@ class Run:
         return [line for line in lines if line["event"] == event]
 
 
+def test_the_size_that_the_law_counts(law, tmp_path):
+    shape = dict(vocab_size=320, emb_dim=32, num_layers=2, mlp_dim=128)
+    inner = flops.num_non_embedding_params(emb_dim=32, num_layers=2, mlp_dim=128)
+    assert PredictedLoss(law=str(law)).params_of(shape) == inner + 320 * 32
+    record = json.loads(law.read_text())
+    record["details"]["params_column"] = "params_non_embedding"
+    (tmp_path / "kaplan.json").write_text(json.dumps(record))
+    assert PredictedLoss(law=str(tmp_path / "kaplan.json")).params_of(shape) == inner
+
+
 # ---- what is written ----
 
 

@@ -19,7 +19,7 @@ from tiny_run import REPOSITORY
 from bloomjax import config, flops
 from bloomjax.errors import BadInput
 from bloomjax.model import Bloom
-from bloomjax.scaling_laws import DataConstrainedLaw
+from bloomjax.scaling_laws import CHINCHILLA, DataConstrainedLaw, ParametricLaw
 from bloomjax.scaling_runs import Curve
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -136,6 +136,26 @@ def test_fit_of_repetition_rests_on_a_law(tmp_path, answer, run):
     np.savetxt(table, rows, delimiter=",", header="params,tokens,loss,unique_tokens", comments="")
     found = answer("fit", table, "--approach=repeated", f"--law={law}", "--bootstrap=20")
     assert found["tokens_decay"] == pytest.approx(10, rel=0.3)
+    # --law takes names; what the runs do not lie on is said, and so is the base if none was given.
+    rough = answer("fit", table, "--approach=repeated", "--law=chinchilla", "--bootstrap=20")
+    assert rough["details"]["base"]["beta"] == CHINCHILLA.beta
+    assert any("the law misses the runs by" in warning for warning in rough["warnings"])
+    default = answer("fit", table, "--approach=repeated", "--bootstrap=20")
+    assert any("on top of the law of arXiv 2305.16264" in each for each in default["warnings"])
+    code, _, err = run("fit", table, "--approach=repeated", "--law=kaplan")
+    assert code == 1 and "--law=kaplan: repetition is fitted on top of a law of approach 3" in err
+    # `optimal` asks it, with its own constants and intervals.
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(found))
+    words = ["optimal", "--flops=1e21", f"--law={again}"]
+    base, best = answer(*words, "--unique_tokens=2e9")["answers"]
+    mine = DataConstrainedLaw(
+        ParametricLaw(**found["details"]["base"]), found["tokens_decay"], found["params_decay"]
+    ).optimum(1e21, 2e9)
+    assert best["params"] == pytest.approx(mine.params) and best["loss"] > base["loss"]
+    assert best["interval"]["params"][0] < mine.params < best["interval"]["params"][1]
+    code, _, err = run(*words)
+    assert code == 1 and "repeated: with optimal --unique_tokens" in err
 
 
 def test_fit_by_language(tmp_path, answer, run):
@@ -151,8 +171,30 @@ def test_fit_by_language(tmp_path, answer, run):
     assert set(found["languages"]) == set(found["mixture"]) == set(PLANTED)
     assert sum(item["share"] for item in found["mixture"].values()) == pytest.approx(1)
     assert found["mixture"]["sw"]["share"] == pytest.approx(0.484, abs=0.03)
+    words = ["fit", tmp_path / "runs.csv", "--params=1e9", "--tokens=2e10", "--bootstrap=30"]
+    heavy = answer(*words, "--weights=en:1,ml:1,sw:100")
+    assert heavy["mixture"]["sw"]["share"] > found["mixture"]["sw"]["share"] + 0.1
+    for weights, line in (
+        ("en:1", "--weights has en; the table has en, ml, sw"),
+        ("en", "write LANGUAGE:NUMBER"),
+    ):
+        code, _, err = run(*words, f"--weights={weights}")
+        assert code == 1 and line in err
+    # A column unique_tokens caps the share at four epochs.
+    rows = rows_of((tmp_path / "runs.csv").read_text())
+    with (tmp_path / "little.csv").open("w") as file:
+        writer = csv.DictWriter(file, [*rows[0], "unique_tokens"])
+        writer.writeheader()
+        writer.writerows(
+            row | {"unique_tokens": 1e9 if row["language"] == "sw" else ""} for row in rows
+        )
+    little = answer("fit", tmp_path / "little.csv", *words[2:])["mixture"]["sw"]
+    assert little["is_capped"] and little["share"] == pytest.approx(4 * 1e9 / 2e10)
     code, _, err = run("fit", tmp_path / "runs.csv", "--approach=2")
     assert code == 1 and "has languages: they are fitted by approach 3 with shares" in err
+    for flag in ("--bootstrap=0", "--bootstrap=-5", "--params=-1e9", "--params=nan", "--tokens=0"):
+        code, _, err = run("fit", tmp_path / "runs.csv", flag)
+        assert code == 1 and err.startswith(f"bloomjax: {flag.split('=')[0]}="), err
     code, out, _ = run("fit", tmp_path / "runs.csv", "--bootstrap=20")
     assert code == 0 and "3 languages; shares for" in out and "transfer" in out
 
@@ -288,7 +330,7 @@ def test_collect(run_folder, run, tmp_path, tiny_text):
     assert len(curve.tokens) == 40 and shared["vocabulary"] == last["vocabulary"] and not remarks
 
 
-def test_collect_held_out_and_by_language(run_folder, run):
+def test_collect_held_out_and_by_language(run_folder, run, tiny_text):
     rows = rows_of(run("collect", run_folder, "--loss=validation")[1])
     records = [r for r in tiny_run.records(run_folder) if "validation_loss" in r and r["step"]]
     expected = [record["validation_loss"] for record in records]
@@ -297,6 +339,8 @@ def test_collect_held_out_and_by_language(run_folder, run):
     assert {row["language"] for row in rows} == {"aa", "bb", "cc"}
     last = {row["language"]: row for row in rows}
     assert sum(float(row["share"]) for row in last.values()) == pytest.approx(1)
+    for name in ("aa", "bb", "cc"):
+        assert int(last[name]["unique_tokens"]) == tiny_text.store.num_tokens(name, "train")
     expected = records[-1]["loss_by_language"]["aa"]
     assert float(last["aa"]["loss"]) == pytest.approx(expected, abs=1e-6)
 
@@ -321,6 +365,37 @@ def test_collect_without_the_store(run_folder, run, tmp_path):
     code, out, err = run("collect", moved)
     assert code == 0 and "its token store is not there; unique_tokens unknown" in err
     assert rows_of(out)[-1]["unique_tokens"] == ""
+
+
+def test_planned_tokens_of_samples_that_are_not_whole(tiny_text, run_folder, tmp_path):
+    """A curriculum sees 8 tokens, then 16 of each sample: with the store, and from what the run wrote."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    gin = (run_folder / "config.gin").read_text()
+    gin += "\nTrainData.curriculum = @LengthCurriculum()\n"
+    gin += "LengthCurriculum.start = 8\nLengthCurriculum.end = 16\nLengthCurriculum.step = 8\n"
+    gin += "LengthCurriculum.num_steps = 20\nLengthCurriculum.batch_schedule = @BatchSchedule()\n"
+    (folder / "config.gin").write_text(gin)
+    data = config.build("train.train_data", folder / "config.gin").open()
+    records = [
+        {"step": step, "samples": 8 * step, "tokens": data.kept.tokens_after(8 * step), "loss": 3.0}
+        for step in range(1, 41)
+    ]
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = scaling_collect.read_run(str(folder))
+    assert found.end_tokens == records[-1]["tokens"] < 40 * 8 * 16
+    assert found.schedule_tokens == data.kept.tokens_after(400)
+    moved = gin.replace("STORE_DIR = '", "STORE_DIR = '/nowhere")
+    (folder / "config.gin").write_text(moved)
+    away = scaling_collect.read_run(str(folder))
+    assert (away.end_tokens, away.unique_tokens) == (found.end_tokens, None)
+    assert away.schedule_tokens == found.schedule_tokens
+    half = path.read_text().splitlines(keepends=True)[:20]
+    path.write_text("".join(half))
+    plan = {"plan": {"num_tokens": found.end_tokens}}
+    (folder / "journal.jsonl").write_text(json.dumps(plan) + "\n")
+    assert scaling_collect.read_run(str(folder)).end_tokens == found.end_tokens
 
 
 def law_around(folder, run, factor=1.0, vocabulary=None):
@@ -371,6 +446,33 @@ def test_check_flags_a_slow_run_with_its_exit_code(run_folder, run):
     code, out, _ = run("check", run_folder, f"--law={law}", "--json")
     record = json.loads(out)
     assert code == 2 and record["effective_params"] < record["params"] / 4
+
+
+def test_a_law_of_non_embedding_parameters_gets_them(run_folder, run, answer, tmp_path):
+    """The vocabulary is half of tiny's parameters: with all of them the law would expect another loss."""
+    size = scaling_collect.read_run(str(run_folder))
+    table = (run_folder.parent / "law.csv").with_name("kaplan.csv")
+    rows = rows_of(law_around(run_folder, run).with_name("law.csv").read_text())
+    with table.open("w") as file:
+        writer = csv.DictWriter(file, ["flops", "params_non_embedding", *CURVE_COLUMNS])
+        writer.writeheader()
+        for row in rows:
+            shrunk = float(row["params"]) * size.params_non_embedding / size.params
+            # As `collect` writes them: of all parameters.
+            total = 20 * 6 * shrunk * float(row["tokens"])
+            writer.writerow(row | {"params_non_embedding": shrunk, "flops": total})
+    words = [f"fit {table} --columns=params_non_embedding:params --starts=1125 --bootstrap=50"]
+    record = answer(*words[0].split())
+    assert record["details"]["params_column"] == "params_non_embedding" and not any(
+        "flops" in warning for warning in record["warnings"]
+    )
+    law = tmp_path / "kaplan.json"
+    law.write_text(json.dumps(record))
+    found = answer("check", run_folder, f"--law={law}")
+    assert found["params"] == size.params_non_embedding and found["verdict"] == "on its curve"
+    total = answer("check", run_folder, f"--law={law_around(run_folder, run)}")
+    assert total["params"] == size.params
+    assert found["expected"] == pytest.approx(total["expected"], rel=2e-3)
 
 
 def test_check_says_when_the_text_differs(run_folder, run):
@@ -489,6 +591,20 @@ def test_shapes_have_the_size_that_was_asked_for():
         scaling_sweep.find_shape(1e6, vocab_size=250_880, head_dim=128, aspect=100)
 
 
+def test_shapes_may_be_asked_for_without_the_embedding(answer):
+    details = {"params_column": "params_non_embedding"}
+    asked = dict(vocab_size=250_880, head_dim=128, aspect=60)
+    shape = scaling_sweep.find_shape(3e8, **asked, details=details)
+    inner = flops.num_non_embedding_params(
+        emb_dim=shape.emb_dim, num_layers=shape.num_layers, mlp_dim=4 * shape.emb_dim
+    )
+    assert abs(inner / 3e8 - 1) < 0.055
+    assert shape.params - inner == 250_880 * shape.emb_dim
+    (best,) = answer("optimal", "--flops=1e21", "--law=kaplan")["answers"]
+    embedding = 250_880 * best["shape"]["emb_dim"]
+    assert best["shape"]["params"] - embedding == pytest.approx(best["params"], rel=0.05)
+
+
 def test_shapes_have_the_parts_of_the_base():
     like = config.build("Bloom.config", "1b3.gin", ["include 'ablations/swiglu.gin'"])
     like = dataclasses.replace(like, tied_head=False)
@@ -531,6 +647,9 @@ BAD = {
     ("optimal", "--gpu_hours=5", "--mfu=40"): "--mfu=40.0 must lie between 0 and 1",
     ("optimal", "1e21"): "optimal takes flags only, got '1e21'",
     ("optimal", "--flopz=1"): "Unknown command line flag 'flopz'. Did you mean: flops",
+    ("optimal", "--params=1e200"): "are the units mixed up?",
+    ("optimal", "--tokens=1e300"): "are the units mixed up?",
+    ("sweep", "--gin_file=tiny.gin", "--flops=1e15", "--out=x", "--span=nan"): "--span above 1",
     ("table", "3"): "table takes flags only",
     ("collect",): "collect needs the MODEL_DIRs of finished runs",
     ("collect", "nowhere"): "nowhere is no MODEL_DIR: no config.gin (there is no such folder)",

@@ -11,7 +11,7 @@ import pytest
 from scipy import optimize, special
 from simulated_runs import LAW, chinchilla_range, horizons, isoflop, sweep, training_curve
 
-from bloomjax import scaling_fits
+from bloomjax import frontier_fits, scaling_fits
 from bloomjax.errors import BadInput
 from bloomjax.frontier_fits import fit_envelope, fit_isoflop
 from bloomjax.minimise import minimise_all
@@ -187,6 +187,30 @@ def test_a_fit_is_the_same_again_and_survives_json():
         Fit.from_record({"approach": "3"})
 
 
+def test_residuals_are_counted_against_the_constants_they_were_fitted_with():
+    """Two of a power law of N, whose law of D follows; four of Kaplan's L(N, D)."""
+    curves = sweep(0)
+    runs = final_runs(curves)
+    for found, num_free in (
+        (fit_isoflop(isoflop(LAW, 0), num_bootstrap=20), 2),
+        (fit_kaplan(runs, num_bootstrap=20), 4),
+        (fit(runs, num_bootstrap=20), 5),
+    ):
+        expected = math.sqrt(np.sum(found.residuals**2) / (len(found.residuals) - num_free))
+        assert found.residual_std == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_damaged_law_is_one_line():
+    record = fit(chinchilla_range(0, num=20), num_bootstrap=20).record()
+    for change, line in (
+        ({"approach": "9"}, "there is no approach '9'"),
+        ({"names": ["E", "A"]}, "not a law of `fit --json`"),
+        ({"approach": "2"}, "not a law of `fit --json`"),
+    ):
+        with pytest.raises(BadInput, match=line):
+            Fit.from_record(record | change)
+
+
 def test_interval_of_what_follows_from_a_law():
     found = fit(chinchilla_range(7, num=120))
     low, high = found.interval_of(lambda law: law.optimum(1e22).params)
@@ -299,6 +323,13 @@ def test_a_parabola_upside_down_is_no_minimum():
         fit_isoflop(Runs.of(runs.params, runs.tokens, 6 - runs.loss))
 
 
+def test_no_replicate_with_a_minimum_is_one_line(monkeypatch):
+    nowhere = lambda parabola, residuals, rng, num: np.full(num, np.nan)  # noqa: E731
+    monkeypatch.setattr(frontier_fits._Parabola, "resample", nowhere)
+    with pytest.raises(BadInput, match="none of the 100 bootstrap replicates has a minimum"):
+        fit_isoflop(isoflop(LAW, 0), num_bootstrap=100)
+
+
 def test_budgets_close_together_say_little():
     runs = isoflop(LAW, 0, budgets=np.geomspace(1e20, 4e20, 4))
     assert any("span a factor 4 only" in warning for warning in fit_isoflop(runs).warnings)
@@ -316,6 +347,21 @@ def test_approach_1_recovers_planted_exponents(exponent):
     assert low < law.params_exponent < high
     assert found.details["num_best_sizes"] == 7  # the smallest and the largest are never counted
     assert not found.warnings
+
+
+def test_a_size_that_differs_in_its_last_digits_is_one_size():
+    """As where N comes from rounded flops / 6D."""
+    curves = horizons(LAW, 0)
+    rng = np.random.default_rng(0)
+    factors = 1 + 1e-5 * rng.standard_normal(len(curves))
+    rounded = [
+        dataclasses.replace(curve, params=curve.params * factor)
+        for curve, factor in zip(curves, factors, strict=True)
+    ]
+    clean, found = (fit_envelope(each, num_bootstrap=50) for each in (curves, rounded))
+    assert found.values["a"] == pytest.approx(clean.values["a"], abs=1e-3)
+    assert found.details["num_best_sizes"] == clean.details["num_best_sizes"] == 7
+    assert found.warnings == clean.warnings == ()
 
 
 def test_the_envelope_needs_curves_and_sizes():

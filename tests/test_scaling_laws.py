@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from bloomjax import scaling_laws
 from bloomjax.errors import BadInput
 from bloomjax.scaling_laws import (
     BESIROGLU,
@@ -16,14 +15,10 @@ from bloomjax.scaling_laws import (
     DATA_CONSTRAINED,
     KAPLAN,
     KAPLAN_BATCH,
-    KAPLAN_COMPUTE,
     KAPLAN_FRONTIER,
-    KAPLAN_PARAMS,
-    PETAFLOP_DAY_FLOPS,
     DataConstrainedLaw,
     FrontierLaw,
     ParametricLaw,
-    PowerLaw,
     ShareLaw,
     batch_cost,
     named_laws,
@@ -116,11 +111,13 @@ def test_table_rows_and_the_slip_in_it():
 
 
 def test_kaplan():
-    """arXiv 2001.08361: 1.3e9 parameters and 2.0e10 tokens for a PF-day; L(N) of 1.5B; the batch at loss 2."""
-    best = KAPLAN_FRONTIER.optimum(PETAFLOP_DAY_FLOPS)
-    assert np.allclose(best[:2], (1.3e9, 2.0e10), rtol=1e-12)
-    assert math.isclose(KAPLAN_PARAMS(1.5e9), (8.8e13 / 1.5e9) ** 0.076)
-    assert math.isclose(KAPLAN_COMPUTE.inverse(KAPLAN_COMPUTE(12.0)), 12.0, rel_tol=1e-12)
+    """arXiv 2001.08361: 1.3e9 parameters and 2.0e10 tokens for a PF-day; the batch at loss 2."""
+    for petaflop_days in (1.0, 1e4):  # C_min; what the run costs is 6ND
+        params, tokens = 1.3e9 * petaflop_days**0.73, 2.0e10 * petaflop_days**0.27
+        best = KAPLAN_FRONTIER.optimum(6 * params * tokens)
+        assert np.allclose(best[:2], (params, tokens), rtol=1e-12)
+    best = KAPLAN_FRONTIER.optimum(1e21)
+    assert math.isclose(6 * best.params * best.tokens, best.flops, rel_tol=1e-12)
     assert math.isclose(KAPLAN_BATCH.inverse(2.0), 2.1e8 / 2 ** (1 / 0.21), rel_tol=1e-12)
     # The joint law has the single ones as its limits.
     assert math.isclose(KAPLAN.loss(1e9, 1e30), (6.4e13 / 1e9) ** 0.076, rel_tol=1e-6)
@@ -208,7 +205,6 @@ def test_names_of_laws():
     with pytest.raises(BadInput, match="no law 'chinchila'; there are: chinchilla, "):
         named_laws("chinchila")
     assert isinstance(named_laws("kaplan")["frontier"], FrontierLaw)
-    assert isinstance(scaling_laws.KAPLAN_TOKENS, PowerLaw)
 
 
 # ---- tables of runs ----
@@ -289,6 +285,7 @@ BAD_TABLES = {
     "params,tokens,flops,loss\n1e8,2e9,2e9,3\n": "x 6 x params x tokens in the middle row; units are mixed up",
     "run,params,tokens,loss\na,1e8,2e9,3\na,2e8,4e9,3\n": r"the run a has params from 1e\+08 to 2e\+08",
     "params,tokens,loss,share\n1e8,2e9,3,30\n": "share is 30.0; shares lie between 0 and 1",
+    "params,tokens,loss\n1.3,26,3\n": r"params is 1.3; are these millions or billions\?",
     "params,tokens,loss\n": "has no rows",
     "": "has no rows",
 }
@@ -299,6 +296,11 @@ def test_bad_tables_are_one_line(tmp_path, text):
     with pytest.raises(BadInput, match=BAD_TABLES[text]) as error:
         read_curves(write(tmp_path, "runs.csv", text))
     assert "\n" not in str(error.value) and "runs.csv" in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    path = write(tmp_path, "runs.csv", "\ufeffparams,tokens,loss\n1e8,2e9,3\n")
+    assert read_curves(path)[0][0].params == 1e8
 
 
 def test_no_table(tmp_path):
@@ -313,7 +315,12 @@ def test_no_table(tmp_path):
 def test_flops_that_are_somewhat_off_are_remarked(tmp_path):
     text = "params,tokens,flops,loss\n1e8,2e9,1.2e18,3\n1e8,4e9,2.4e18,3\n1e8,8e9,1.6e19,3\n"
     _, _, remarks = read_curves(write(tmp_path, "runs.csv", text))
-    assert remarks == ["flops is not 6 x params x tokens in 1 rows (up to a factor 3.3)"]
+    assert remarks == [
+        "flops is not 6 x params x tokens in 1 rows (up to a factor 3.33); the column is not used: C is 6ND throughout"
+    ]
+    near = text.replace("1.6e19", "5.0e18")  # 4 % more than 6ND
+    assert "up to a factor 1.04" in read_curves(write(tmp_path, "runs.csv", near))[2][0]
+    assert not read_curves(write(tmp_path, "runs.csv", text.replace("1.6e19", "4.85e18")))[2]
 
 
 def test_runs_check_their_numbers():

@@ -58,7 +58,7 @@ def read(model_dir: Path, decay: float) -> dict[str, Any]:
             "or --gin.train.language_noise=@LanguageNoise()"
         )
     sizes = {record["step"]: record["batch_size"] for record in records if "batch_size" in record}
-    scales = averaged(terms, decay)
+    scales = [(step, scale) for step, scale in averaged(terms, decay) if step in sizes]
     return {
         "model_dir": str(model_dir),
         "steps": [step for step, _ in scales],

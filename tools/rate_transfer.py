@@ -107,8 +107,9 @@ class Sweep:
 
     @property
     def moves(self) -> int:
-        """Grid steps from the best rate of the narrowest width to the one that is furthest from it."""
-        return max((number - self.best[0] for number in self.best), key=abs)
+        """Grid steps between the lowest and the highest of the best rates; below 0 where the wider has the lower."""
+        low, high = min(self.best), max(self.best)
+        return high - low if self.best.index(low) <= self.best.index(high) else low - high
 
     @property
     def at_edge(self) -> list[int]:

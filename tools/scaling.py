@@ -46,7 +46,13 @@ from bloomjax.scaling_laws import (
     named_laws,
     table_law,
 )
-from bloomjax.scaling_runs import Curve, final_runs, read_curves, text_of_run
+from bloomjax.scaling_runs import (
+    NON_EMBEDDING,
+    Curve,
+    final_runs,
+    read_curves,
+    text_of_run,
+)
 
 _FLAGS = flags.FlagValues()
 _APPROACH = flags.DEFINE_string(
@@ -74,6 +80,12 @@ _PARAMS = flags.DEFINE_float(
 )
 _TOKENS = flags.DEFINE_float(
     "tokens", None, "optimal: a length; fit: of the run to advise.", flag_values=_FLAGS
+)
+_WEIGHTS = flags.DEFINE_string(
+    "weights",
+    "",
+    "fit by language: LANGUAGE:NUMBER[,...], what a nat is worth.",
+    flag_values=_FLAGS,
 )
 _UNIQUE = flags.DEFINE_float(
     "unique_tokens", None, "optimal: text there is; more is repeated.", flag_values=_FLAGS
@@ -123,7 +135,10 @@ def fit(words: Sequence[str]) -> Any:
     path = _one(words, "fit", "a table of runs, such as runs.csv")
     if _PLOT.value:
         scaling_plots.check_path(_PLOT.value)
-    curves, shared, remarks = read_curves(path, _renaming())
+    if _BOOTSTRAP.value < 20:
+        raise BadInput(f"--bootstrap={_BOOTSTRAP.value} is too few for intervals; give 20 or more")
+    renaming = _renaming()
+    curves, shared, remarks = read_curves(path, renaming)
     if any(curve.language for curve in curves):
         if _APPROACH.value != "3" or _PLOT.value:
             raise BadInput(
@@ -134,6 +149,7 @@ def fit(words: Sequence[str]) -> Any:
         raise BadInput("approach repeated has no picture; leave --plot out")
     found = fit_curves(curves, _APPROACH.value, _STARTS.value, _BOOTSTRAP.value)
     details = found.details | {"text": shared}
+    details["params_column"] = {new: old for old, new in renaming.items()}.get("params", "params")
     found = dataclasses.replace(
         found, details=details, warnings=(*found.warnings, *(f"{path}: {r}" for r in remarks))
     )
@@ -146,19 +162,14 @@ def fit(words: Sequence[str]) -> Any:
 def fit_curves(curves: Sequence[Curve], approach: str, starts: int, bootstrap: int) -> Fit:
     """The fit of one approach. Laws of the loss get the profile of the curves, which `check` needs."""
     runs = final_runs(curves)
-    if bootstrap < 20:
-        raise BadInput(f"--bootstrap={bootstrap} is too few for intervals; give 20 or more")
     if approach == "1":
         return fit_envelope(curves, num_bootstrap=bootstrap)
     if approach == "2":
         return fit_isoflop(runs, num_bootstrap=bootstrap)
     if approach == "repeated":
-        base = Fit.read(_LAW.value, "--law").law if _is_file(_LAW.value) else DATA_CONSTRAINED.base
-        if not isinstance(base, ParametricLaw):
-            raise BadInput(
-                f"--law={_LAW.value}: repetition is fitted on top of a law of approach 3"
-            )
-        return scaling_fits.fit_repetition(runs, base, num_bootstrap=bootstrap)
+        base, warnings = _base_of_repetition()
+        found = scaling_fits.fit_repetition(runs, base, num_bootstrap=bootstrap)
+        return dataclasses.replace(found, warnings=(*found.warnings, *warnings))
     if approach == "3":
         found = scaling_fits.fit_parametric(runs, num_starts=starts, num_bootstrap=bootstrap)
     elif approach == "kaplan":
@@ -172,6 +183,20 @@ def fit_curves(curves: Sequence[Curve], approach: str, starts: int, bootstrap: i
     except BadInput:
         return found
     return dataclasses.replace(found, details=found.details | {"profile": profile})
+
+
+def _base_of_repetition() -> tuple[ParametricLaw, list[str]]:
+    """The law of unrepeated text that --law names, and what is to be said of it."""
+    name = _LAW.value
+    if not _FLAGS["law"].present:
+        return DATA_CONSTRAINED.base, [
+            "on top of the law of arXiv 2305.16264, of other text: give --law=FILE, of runs that repeat nothing"
+        ]
+    laws = [Fit.read(name, "--law").law] if _is_file(name) else list(named_laws(name).values())
+    bases = [law for law in laws if isinstance(law, ParametricLaw)]
+    if not bases:
+        raise BadInput(f"--law={name}: repetition is fitted on top of a law of approach 3")
+    return bases[-1], []
 
 
 def _print_fit(found: Fit) -> None:
@@ -212,23 +237,38 @@ def _print_fit(found: Fit) -> None:
 
 def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
     """A law for each language, and the shares they advise for --params and --tokens (default: the largest run)."""
+    for name, value in (("params", _PARAMS.value), ("tokens", _TOKENS.value)):
+        if value is not None:
+            _check_above_0(name, value)
     fits = language_laws.fit_languages(curves, num_bootstrap=min(_BOOTSTRAP.value, 200))
     runs = final_runs(curves)
     place = int(runs.flops.argmax())
     params = _PARAMS.value or float(runs.params[place])
     tokens = _TOKENS.value or float(runs.tokens[place])
     remarks = list(remarks)
+    unique = {c.language: c.unique_tokens for c in curves if c.language and c.unique_tokens}
     try:
-        advice = language_laws.advise(fits, params, tokens)
+        advice = language_laws.advise(
+            fits, params, tokens, weights=_weights(fits), unique_tokens=unique or None
+        )
     except BadInput as error:
         advice = {}
         remarks.append(str(error))
+    try:
+        rates = language_laws.transfers(curves)
+    except BadInput as error:
+        rates = {}
+        remarks.append(f"no transfer rates: {error}")
+    remarks += [f"{name}: {line}" for name, each in rates.items() for line in each.warnings]
     last = {curve.language: curve for curve in curves}
     record = {
         "languages": {name: each.record() for name, each in fits.items()},
         "params": params,
         "tokens": tokens,
         "mixture": {name: each._asdict() for name, each in advice.items()},
+        "transfer": {
+            name: {"rates": each.rates, "interval": each.interval} for name, each in rates.items()
+        },
         "remarks": remarks,
     }
 
@@ -248,7 +288,14 @@ def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
                 item = advice[name]
                 line += f"{item.share:>9.4f}   {item.interval[0]:.4f} .. {item.interval[1]:.4f}"
                 line += f"   transfer {_count(item.transferred_tokens)} tokens"
+                line += "   (all its text allows)" if item.is_capped else ""
             print(line)
+        for name, each in rates.items():
+            for other, rate in each.rates.items():
+                low, high = each.interval[other]
+                print(
+                    f"  a token of {other} is worth {rate:.3f} of {name} ({low:.3f} .. {high:.3f})"
+                )
         for name, each in fits.items():
             for warning in each.warnings:
                 print(f"  warning: {name}: {warning}")
@@ -256,6 +303,24 @@ def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
             print(f"  warning: {remark}")
 
     _show(record, show)
+
+
+def _weights(languages: Mapping[str, Any]) -> dict[str, float] | None:
+    """--weights. BadInput unless it has a number above 0 for every language."""
+    if not _WEIGHTS.value:
+        return None
+    pairs = [pair.rpartition(":") for pair in _WEIGHTS.value.split(",")]
+    try:
+        found = {name: float(number) for name, _, number in pairs}
+    except ValueError:
+        raise BadInput(
+            f"--weights={_WEIGHTS.value}: write LANGUAGE:NUMBER, separated by commas"
+        ) from None
+    for name, number in found.items():
+        _check_above_0(f"weights {name}", number)
+    if found.keys() != languages.keys():
+        raise BadInput(f"--weights has {', '.join(found)}; the table has {', '.join(languages)}")
+    return found
 
 
 # ---- optimal ----
@@ -273,8 +338,7 @@ def optimal(words: Sequence[str]) -> Any:
             f"optimal needs exactly one of --flops, --gpu_hours, --params, --tokens; got {', '.join(asked) or 'none'}"
         )
     ((name, value),) = asked.items()
-    if not (math.isfinite(value) and value > 0):
-        raise BadInput(f"--{name}={value} must be a number above 0")
+    _check_above_0(name, value)
     rate = _device_rate()
     if name == "gpu_hours":
         name, value = "flops", value * 3600 * rate
@@ -284,6 +348,11 @@ def optimal(words: Sequence[str]) -> Any:
     record = {"asked": asked, "device": _DEVICE.value, "mfu": _MFU.value, "answers": answers}
     _show(record, lambda: _print_optimal(asked, answers))
     return None
+
+
+def _check_above_0(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise BadInput(f"--{name}={value} must be a number above 0")
 
 
 def _device_rate() -> float:
@@ -301,21 +370,17 @@ def advise(
     name: str, value: float, law_name: str, unique_tokens: float | None
 ) -> list[dict[str, Any]]:
     """What each law of `law_name` makes of a budget ("flops"), a size ("params") or a length ("tokens")."""
-    found: Fit | None = None
-    if _is_file(law_name):
-        found = Fit.read(law_name, "--law")
-        law = found.law
-        if isinstance(law, DataConstrainedLaw | ShareLaw):
-            raise BadInput(
-                f"--law={law_name} is of approach {found.approach}; optimal needs 1, 2, 3 or kaplan"
-            )
-        laws = {f"approach {found.approach} of {law_name}": law}
-    else:
-        laws = named_laws(law_name)
+    found, laws, details = _read_law(law_name, unique_tokens)
+    repeated = found if found and found.approach == "repeated" else None
     limits = found.limits["flops"] if found else CHINCHILLA_FLOPS  # Kaplan's lie no higher
     answers = []
     for label, law in laws.items():
-        best = _solve(law, name, value)
+        try:
+            best = _solve(law, name, value)
+        except ArithmeticError:
+            raise BadInput(
+                f"--{name}={value:.4g} is beyond all numbers; are the units mixed up?"
+            ) from None
         if best.flops < limits[0] / _FAR_BELOW or best.params < 1:
             raise BadInput(
                 f"--{name}={value:.4g} means {best.flops:.3g} FLOPs, far below the runs behind the law "
@@ -326,10 +391,10 @@ def advise(
                 f"--{name}={value:.4g} means {best.params:.3g} parameters on {best.tokens:.3g} tokens; "
                 "are the units mixed up?"
             )
-        answer = {"law": label if found else f"{law_name}, {label}", **best._asdict()}
+        answer = {"law": label, **best._asdict()}
         answer["tokens_per_param"] = best.tokens / best.params
-        answer["remarks"] = _remarks(law_name, best.flops, limits)
-        if found:
+        answer["remarks"] = _remarks(law_name, best.flops, limits, details)
+        if found and not repeated:
             answer["interval"] = {
                 part: found.interval_of(
                     lambda each, part=part: getattr(_solve(each, name, value), part)
@@ -339,11 +404,31 @@ def advise(
             }
         if best.loss is not None:
             answer["critical_batch_tokens"] = KAPLAN_BATCH.inverse(best.loss)
-        answer["shape"] = _shape(best.params)
+        answer["shape"] = _shape(best.params, details)
         answers.append(answer)
     if unique_tokens:
-        answers.append(_with_repetition(answers[-1]["flops"], unique_tokens))
+        answers.append(_with_repetition(answers[-1]["flops"], unique_tokens, repeated))
     return answers
+
+
+def _read_law(
+    name: str, unique_tokens: float | None = None
+) -> tuple[Fit | None, dict[str, Any], Mapping[str, Any]]:
+    """The laws of --law that advise a size, by label, the fit if it is a file, and details: which parameters are N.
+
+    A law of repetition needs `unique_tokens`; then its base is the law."""
+    if not _is_file(name):
+        details = {"params_column": NON_EMBEDDING} if name == "kaplan" else {}
+        return None, {f"{name}, {label}": law for label, law in named_laws(name).items()}, details
+    found = Fit.read(name, "--law")
+    if isinstance(found.law, DataConstrainedLaw) and unique_tokens:
+        return found, {f"base of {name}": found.law.base}, found.details
+    if isinstance(found.law, DataConstrainedLaw | ShareLaw):
+        raise BadInput(
+            f"--law={name} is of approach {found.approach}, which says no best size; give 1, 2, 3 or kaplan "
+            "(repeated: with optimal --unique_tokens)"
+        )
+    return found, {f"approach {found.approach} of {name}": found.law}, found.details
 
 
 def _solve(law: Any, name: str, value: float) -> Optimum:
@@ -351,19 +436,32 @@ def _solve(law: Any, name: str, value: float) -> Optimum:
     return solve[name](value)
 
 
-def _with_repetition(flops: float, unique_tokens: float) -> dict[str, Any]:
-    best = DATA_CONSTRAINED.optimum(flops, unique_tokens)
+def _with_repetition(flops: float, unique_tokens: float, fit: Fit | None) -> dict[str, Any]:
+    law = fit.law if fit else DATA_CONSTRAINED
+    assert isinstance(law, DataConstrainedLaw)
+    best = law.optimum(flops, unique_tokens)
+    interval = {
+        part: fit.interval_of(
+            lambda each, part=part: getattr(each.optimum(flops, unique_tokens), part)
+        )
+        for part in ("params", "tokens", "loss")
+        if fit
+    }
+    published = ["constants of arXiv 2305.16264: trust the trend, not the loss"]
     return {
         "law": f"data-constrained, {_count(unique_tokens)} unique tokens",
         **best._asdict(),
         "tokens_per_param": best.tokens / best.params,
         "epochs": best.tokens / unique_tokens,
-        "remarks": ["constants of arXiv 2305.16264: trust the trend, not the loss"],
-        "shape": _shape(best.params),
+        "remarks": [] if fit else published,
+        "interval": interval,
+        "shape": _shape(best.params, {}),
     }
 
 
-def _remarks(law_name: str, flops: float, limits: tuple[float, float]) -> list[str]:
+def _remarks(
+    law_name: str, flops: float, limits: tuple[float, float], details: Mapping[str, Any]
+) -> list[str]:
     remarks = []
     if flops > 10 * limits[1] and law_name != "kaplan":
         remarks.append(
@@ -373,21 +471,22 @@ def _remarks(law_name: str, flops: float, limits: tuple[float, float]) -> list[s
         remarks.append(
             "from the rounded constants of the paper: not what its fit says; take chinchilla"
         )
+    if details.get("params_column") == NON_EMBEDDING:
+        remarks.append("params, and the 6ND of them, are those outside the embedding")
     if law_name == "kaplan":
-        remarks.append(
-            "parameters outside the embedding; superseded: learning rates were not fitted to the length of the runs"
-        )
+        remarks.append("superseded: learning rates were not fitted to the length of the runs")
     return remarks
 
 
-def _shape(params: float) -> dict[str, int] | None:
-    """A BLOOM of about this size, with BLOOM's vocabulary; None if the vocabulary alone is more."""
+def _shape(params: float, details: Mapping[str, Any]) -> dict[str, int] | None:
+    """A BLOOM of about this size, as a law with `details` counts it, with BLOOM's vocabulary; None if that is more."""
     try:
         # emb_dim / num_layers of BLOOM: 43 at 560M, 205 at 176B.
         aspect = 43 * (params / 560e6) ** 0.27
         shape = scaling_sweep.find_shape(
-            params, vocab_size=_VOCAB_SIZE, head_dim=_HEAD_DIM, aspect=min(max(aspect, 20), 400)
-        )
+            params, vocab_size=_VOCAB_SIZE, head_dim=_HEAD_DIM, aspect=min(max(aspect, 20), 400),
+            details=details,
+        )  # fmt: skip
     except BadInput:
         return None
     return dataclasses.asdict(shape)
@@ -534,20 +633,16 @@ def sweep(words: Sequence[str]) -> Any:
     _none(words, "sweep")
     if _FLOPS.value is None or not _OUT.value:
         raise BadInput("sweep needs --flops (of all runs together) and --out (a new folder)")
-    if _BUDGETS.value < 1 or _SIZES.value < 1 or _SPAN.value <= 1 or not _FLOPS.value > 0:
+    is_positive = 0 < _FLOPS.value < math.inf and 1 < _SPAN.value < math.inf
+    if _BUDGETS.value < 1 or _SIZES.value < 1 or not is_positive:
         raise BadInput(
             "sweep needs --budgets and --sizes of at least 1, --span above 1, --flops above 0"
         )
-    law = (
-        Fit.read(_LAW.value, "--law").law
-        if _is_file(_LAW.value)
-        else list(named_laws(_LAW.value).values())[-1]
-    )
-    if isinstance(law, DataConstrainedLaw | ShareLaw):
-        raise BadInput(f"--law={_LAW.value} says no best size")
+    _, laws, details = _read_law(_LAW.value)
+    law = list(laws.values())[-1]
     budgets = scaling_sweep.budgets_of(_FLOPS.value, _BUDGETS.value, _SIZES.value, 3.0)
     runs, remarks = scaling_sweep.plan(
-        scaling_sweep.read_base(), law, budgets, _SIZES.value, _SPAN.value, _OUT.value
+        scaling_sweep.read_base(), law, budgets, _SIZES.value, _SPAN.value, _OUT.value, details
     )
     if not runs:
         raise BadInput(f"no run fits into --flops={_FLOPS.value:.3g}: {remarks[0]}")
@@ -596,25 +691,24 @@ def check(words: Sequence[str]) -> Any:
     law = Fit.read(_LAW.value, "--law")
     loss_kind = loss_curves.loss_kind_of(law, _LOSS.value)
     run = scaling_collect.read_run(path)
-    curve = run.curve(loss_kind)
+    is_kaplan = law.details.get("params_column") == NON_EMBEDDING
+    params = run.params_non_embedding if is_kaplan else run.params
+    curve = dataclasses.replace(run.curve(loss_kind), params=params)
     verdict = loss_curves.check(curve, run.end_tokens, law)
     verdict = loss_curves.check_text(verdict, law, text_of_run(run.path, run.sequence_length))
     if _PLOT.value:
         scaling_plots.plot_check(verdict, curve, run.end_tokens, _PLOT.value)
-    record = dataclasses.asdict(verdict) | {"params": run.params, "end_tokens": run.end_tokens}
+    record = dataclasses.asdict(verdict) | {"params": params, "end_tokens": run.end_tokens}
     record["band"] = verdict.band.tolist()
     record["loss_kind"] = loss_kind
-    _show(record, lambda: _print_check(path, run, verdict, loss_kind))
+    size = f"{_count(params)} parameters" + (" outside the embedding" if is_kaplan else "")
+    of = f"{path}: {size}, {verdict.fraction:.0%} of {_count(run.end_tokens)} tokens"
+    _show(record, lambda: _print_check(of, verdict, loss_kind))
     return EXIT_SLOW if verdict.verdict == "slow" else 0
 
 
-def _print_check(
-    path: str, run: scaling_collect.RunFolder, verdict: loss_curves.Verdict, loss_kind: str
-) -> None:
-    print(
-        f"{path}: {_count(run.params)} parameters, {verdict.fraction:.0%} of {_count(run.end_tokens)} tokens: "
-        f"{verdict.verdict}"
-    )
+def _print_check(of: str, verdict: loss_curves.Verdict, loss_kind: str) -> None:
+    print(f"{of}: {verdict.verdict}")
     if verdict.expected is not None and verdict.interval is not None:
         low, high = verdict.interval
         print(

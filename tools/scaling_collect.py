@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from bloomjax import config, flops
+from bloomjax import config
+from bloomjax.data import OpenTrainData
 from bloomjax.errors import BadInput
+from bloomjax.journal import read_lines
+from bloomjax.language_report import declared_shares
 from bloomjax.loss_curves import smooth, thin
-from bloomjax.scaling_runs import Curve, text_of_run
+from bloomjax.scaling_runs import NON_EMBEDDING, Curve, num_params_of, text_of_run
 from bloomjax.schedules import run_length_steps
 
 COLUMNS = (
@@ -25,7 +28,8 @@ LOSS_KINDS = ("train", "validation")
 class RunFolder:
     """A MODEL_DIR: what was planned, and what its metrics.jsonl says so far.
 
-    unique_tokens, shares: of its token store; None where the store cannot be opened.
+    unique_by_language, shares: of its token store; None where the store cannot be opened. Shares that change on
+    the way are the mean over all tokens.
     """
 
     path: Path
@@ -36,9 +40,14 @@ class RunFolder:
     end_samples: int
     schedule_tokens: int
     vocabulary: str
-    unique_tokens: int | None
+    unique_by_language: dict[str, int] | None
     shares: dict[str, float] | None
     records: list[dict[str, Any]]
+
+    @property
+    def unique_tokens(self) -> int | None:
+        unique = self.unique_by_language
+        return sum(unique.values()) if unique else None
 
     @property
     def is_finished(self) -> bool:
@@ -65,6 +74,7 @@ class RunFolder:
             dataclasses.replace(
                 self._curve(records, np.array([r["loss_by_language"][name] for r in records])),
                 language=name,
+                unique_tokens=(self.unique_by_language or {}).get(name),
                 share=(self.shares or {}).get(name),
             )
             for name in records[-1]["loss_by_language"]
@@ -95,21 +105,29 @@ def read_run(path: str) -> RunFolder:
         config.build("train.train_steps", gin_file),
         config.build("train.train_samples", gin_file),
     )
-    unique, shares = _open_store(gin_file)
+    records = _records(folder / "metrics.jsonl")
+    end_samples = batches.samples_after(num_steps)
+    decay_samples = config.build("train.learning_rate", gin_file).decay_samples
+    data, unique, shares = _open_store(gin_file), None, None
+    if data:
+        unique = {name: data.store.num_tokens(name, "train") for name in data.mixture.names}
+        shares = declared_shares(data.kept, end_samples)
+        end_tokens, schedule_tokens = map(data.kept.tokens_after, (end_samples, decay_samples))
+    else:
+        end_tokens = _end_tokens(folder, records, end_samples, length)
+        schedule_tokens = _tokens_after(decay_samples, records, end_samples, end_tokens, length)
     return RunFolder(
         path=folder,
-        params=flops.num_params(**model.shape),
-        params_non_embedding=flops.num_params(
-            **model.shape | {"vocab_size": 0, "num_positions": 0}
-        ),
+        params=num_params_of(model.shape, {}),
+        params_non_embedding=num_params_of(model.shape, {"params_column": NON_EMBEDDING}),
         sequence_length=length,
-        end_tokens=batches.samples_after(num_steps) * length,
-        end_samples=batches.samples_after(num_steps),
-        schedule_tokens=config.build("train.learning_rate", gin_file).decay_samples * length,
+        end_tokens=end_tokens,
+        end_samples=end_samples,
+        schedule_tokens=schedule_tokens,
         vocabulary=text_of_run(folder, length)["vocabulary"],
-        unique_tokens=unique,
+        unique_by_language=unique,
         shares=shares,
-        records=_records(folder / "metrics.jsonl"),
+        records=records,
     )
 
 
@@ -128,13 +146,30 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _open_store(gin_file: Path) -> tuple[int | None, dict[str, float] | None]:
+def _open_store(gin_file: Path) -> OpenTrainData | None:
     try:
-        data = config.build("train.train_data", gin_file).open()
+        return config.build("train.train_data", gin_file).open()
     except BadInput:  # moved, or on another machine: the loss is here all the same
-        return None, None
-    names = data.mixture.names
-    return sum(data.store.num_tokens(name, "train") for name in names), data.mixture.shares
+        return None
+
+
+def _end_tokens(folder: Path, records: list[dict[str, Any]], end_samples: int, length: int) -> int:
+    """Of a run whose store is not there: a curriculum or a phase makes samples shorter or longer."""
+    if records[-1]["samples"] >= end_samples:
+        return records[-1]["tokens"]
+    plans = [line.get("plan") or {} for line in read_lines(folder / "journal.jsonl")[0]]
+    planned = [plan["num_tokens"] for plan in plans if "num_tokens" in plan]
+    return planned[-1] if planned else end_samples * length
+
+
+def _tokens_after(
+    samples: int, records: list[dict[str, Any]], end_samples: int, end_tokens: int, length: int
+) -> int:
+    """Tokens of `samples` samples, which may end before or after the run; from its records and its end."""
+    if samples >= end_samples:
+        return end_tokens + (samples - end_samples) * length
+    known = [(0, 0), *((r["samples"], r["tokens"]) for r in records), (end_samples, end_tokens)]
+    return round(np.interp(samples, *zip(*known, strict=True)))
 
 
 def rows(run: RunFolder, loss_kind: str, by_language: bool) -> Iterator[dict[str, Any]]:
@@ -150,7 +185,7 @@ def rows(run: RunFolder, loss_kind: str, by_language: bool) -> Iterator[dict[str
                 "flops": 6 * run.params * int(tokens),
                 "loss": round(loss, 6),
                 "schedule_tokens": run.schedule_tokens,
-                "unique_tokens": run.unique_tokens,
+                "unique_tokens": curve.unique_tokens,
                 "loss_kind": "validation" if by_language else loss_kind,
                 "vocabulary": run.vocabulary,
                 "sequence_length": run.sequence_length,

@@ -7,18 +7,20 @@ import math
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from bloomjax import config, flops
+from bloomjax import config
 from bloomjax.activations import Gelu
 from bloomjax.errors import BadInput
 from bloomjax.files import write_whole
 from bloomjax.model import BloomConfig
 from bloomjax.scaling_laws import FLOPS_PER_PARAM_TOKEN, Law
+from bloomjax.scaling_runs import num_params_of
 from bloomjax.schedules import BatchSchedule, CosineSchedule
 
 # Of BLOOM's own sizes: peak 3e-4 at 1,024 wide, 6e-5 at 14,336 (BigScience train/tr11-176B-ml), which is width^-0.61.
@@ -46,11 +48,13 @@ def find_shape(
     aspect: float,
     max_layers: int = 160,
     like: BloomConfig | None = None,
+    details: Mapping[str, Any] = MappingProxyType({}),
 ) -> Shape:
     """Of the BLOOMs within 5 % of `params` the one nearest to `aspect` (emb_dim / num_layers), else the nearest one.
 
     Widths are multiples of `head_dim`, of 16 where heads are small. `like` says which positions, activation, norms and
-    head they have; None for BLOOM's. BadInput if none comes within 30 %: the embedding alone may be larger.
+    head they have; None for BLOOM's. `details` of a law say which parameters count (`num_params_of`). BadInput if none
+    comes within 30 %: the embedding alone may be larger.
     """
     activation = Gelu() if like is None else like.activation
     parts = {} if like is None else {k: like.shape[k] for k in like.shape if k.startswith("num_")}
@@ -59,24 +63,24 @@ def find_shape(
     width = step * np.arange(1, 513)[:, None]
     layers = np.arange(1, max_layers + 1)[None, :]
     mlp_dim: Any = np.array([[activation.default_mlp_dim(int(each))] for each in width[:, 0]])
-    arrays: Any = {"emb_dim": width, "num_layers": layers, "mlp_dim": mlp_dim}
-    count = flops.num_params(vocab_size=vocab_size, **arrays, **parts)
+    parts["vocab_size"] = vocab_size
+    arrays = {"emb_dim": width, "num_layers": layers, "mlp_dim": mlp_dim}
+    count = num_params_of(arrays | parts, details)
     off = np.abs(np.log(count / params))
     penalty = 10 * np.maximum(off - 0.05, 0) + np.abs(np.log(width / layers / aspect))
     row, column = np.unravel_index(np.argmin(penalty), penalty.shape)
     num_layers, emb_dim = int(layers[0, column]), int(width[row, 0])
     divisors = [n for n in range(1, emb_dim // 8 + 1) if emb_dim % n == 0]
-    num = flops.num_params(
-        vocab_size=vocab_size, emb_dim=emb_dim, num_layers=num_layers,
-        mlp_dim=activation.default_mlp_dim(emb_dim), **parts,
-    )  # fmt: skip
+    mlp_dim = activation.default_mlp_dim(emb_dim)
+    shape = {"emb_dim": emb_dim, "num_layers": num_layers, "mlp_dim": mlp_dim, **parts}
+    num = num_params_of(shape, details)
     if abs(math.log(num / params)) > math.log(1.3):
         raise BadInput(
             f"no BLOOM with heads of {head_dim} and a vocabulary of {vocab_size:,} has about {params:.3g} parameters; "
             f"the nearest has {num:,}"
         )
     heads = min(divisors, key=lambda n: abs(math.log(emb_dim / n / head_dim)))
-    return Shape(num_layers, emb_dim, heads, num)
+    return Shape(num_layers, emb_dim, heads, num_params_of(shape, {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +142,11 @@ def plan(
     num_sizes: int,
     span: float,
     runs_dir: str,
+    details: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[PlannedRun], list[str]]:
     """Runs of `num_sizes` sizes from 1/span to span times the best one by `law`, at each budget; and remarks.
 
-    Sizes that fall on the same shape are one run.
+    `details` of the law say which parameters it counts. Sizes that fall on the same shape are one run.
     """
     runs, remarks = [], []
     for budget in budgets:
@@ -155,6 +160,7 @@ def plan(
                     head_dim=base.model.head_dim,
                     aspect=base.model.emb_dim / base.model.num_layers,
                     like=base.model,
+                    details=details,
                 )
             except BadInput as error:
                 remarks.append(f"{budget:.3g} FLOPs: {error}; left out")
@@ -218,7 +224,7 @@ def check_builds(run: PlannedRun) -> None:
     model = config.build("Bloom.config", bindings=bindings)
     rate = config.build("train.learning_rate", bindings=bindings)
     batches = config.build("train.batch_schedule", bindings=bindings)
-    num = flops.num_params(**model.shape)
+    num = num_params_of(model.shape, {})
     samples = batches.samples_after(config.build("train.train_steps", bindings=bindings))
     if num != run.shape.params or samples != rate.decay_samples:
         raise BadInput(
