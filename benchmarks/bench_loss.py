@@ -75,7 +75,9 @@ def torch_program(dtype, shape, device):
         loss = run(x, w, targets)
         if device == "gpu":
             torch.cuda.synchronize()
-        return loss, lambda: x.grad.float().cpu().numpy(), lambda: w.grad.float().cpu().numpy()
+        dx, dw = x.grad, w.grad
+        assert dx is not None and dw is not None
+        return loss, lambda: dx.float().cpu().numpy(), lambda: dw.float().cpu().numpy()
 
     # So that threads and libraries are there before memory is looked at.
     run(*(a[:8].detach().clone().requires_grad_() for a in (x, w)), targets[:8] % 8)
@@ -115,14 +117,14 @@ def jax_program(name, dtype, shape):
         loss, (dx, dw) = jax.block_until_ready(compiled(*inputs))
         return float(loss), lambda: np.asarray(dx[0], np.float32), lambda: np.asarray(dw)
 
-    step.executable = compiled
-    return step
+    return step, compiled
 
 
 def program(kind, shape, device):
+    """step, and what it runs if that is compiled."""
     name, dtype = kind
     if name == "torch":
-        return torch_program(dtype, shape, device)
+        return torch_program(dtype, shape, device), None
     return jax_program(name, dtype, shape)
 
 
@@ -143,7 +145,8 @@ def errors(pipe, kind, device):
     p /= p.sum(1, keepdims=True)
     p[rows, targets] -= 1
     p /= len(x)
-    got_loss, got_dx, got_dw = program(kind, SMALL, device)()
+    step, _ = program(kind, SMALL, device)
+    got_loss, got_dx, got_dw = step()
     pipe.send([
         float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
         for got, wanted in ((got_loss, loss), (got_dx(), p @ w), (got_dw(), p.T @ x))
@@ -152,7 +155,7 @@ def errors(pipe, kind, device):
 
 def peak(pipe, kind, shape, device):
     """Bytes of the first run beyond what was there before."""
-    step = program(kind, shape, device)
+    step, compiled = program(kind, shape, device)
     if device == "cpu":
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)  # what was freed is no part of what is there
@@ -169,7 +172,7 @@ def peak(pipe, kind, shape, device):
         step()
         pipe.send(torch.cuda.max_memory_allocated() - before)
     else:
-        stats = step.executable.memory_analysis()
+        stats = compiled.memory_analysis()
         pipe.send(stats.temp_size_in_bytes + stats.output_size_in_bytes)
 
 
@@ -183,7 +186,7 @@ def serve(pipe, kind, shape, device):
 
     if kind[0] != "torch":
         keep_freed_memory()  # as `train` does; before JAX has threads
-    step = program(kind, shape, device)
+    step, _ = program(kind, shape, device)
     while pipe.recv():  # False ends it
         wall, cpu = time.perf_counter(), time.process_time()
         loss, *_ = step()

@@ -56,12 +56,12 @@ def attend(
     is_plain = rounding == "exact" and (dropout_rate == 0.0 or dropout_rng is None)
     if name == "auto":
         name = _kernel_of(platform(), is_plain, q_BLHK.shape[1], q_BLHK.shape[3], q_BLHK.dtype)
-    if slopes_H is None and name not in _FLASH:
-        slopes_H = jnp.zeros(q_BLHK.shape[2])
+    no_bias_H = jnp.zeros(q_BLHK.shape[2])
     if name in ("xla", "xla_blocked"):
         kernel = xla_attention if name == "xla" else blocked_attention
         return kernel(
-            q_BLHK, k_BSHK, v_BSHK, slopes_H, documents_BL=documents_BL, last_key_BL=last_key_BL,
+            q_BLHK, k_BSHK, v_BSHK, no_bias_H if slopes_H is None else slopes_H, documents_BL=documents_BL,
+            last_key_BL=last_key_BL,
             rounding=rounding, dropout_rate=dropout_rate, dropout_rng=dropout_rng,
         )  # fmt: skip
     if not is_plain:
@@ -77,6 +77,7 @@ def attend(
             raise BadInput(
                 "attention kernel 'cudnn' is causal over whole windows: no documents, no prefix; take 'flash_gpu'"
             )
+        slopes_H = no_bias_H if slopes_H is None else slopes_H
         return _on_each_device(_cudnn, q_BLHK, k_BSHK, v_BSHK, slopes_H, None, None)
     kernel = functools.partial(_flash, flash_kernel(name), skip_far_blocks and slopes_H is not None)
     return _on_each_device(kernel, q_BLHK, k_BSHK, v_BSHK, slopes_H, documents_BL, last_key_BL)

@@ -133,9 +133,12 @@ def evaluate_losses() -> None:
         print(json.dumps({"step": trained.step, **found}))
         return
     step = "" if trained.step is None else f", step {trained.step}"
-    print(f"{trained.path}{step}: held-out loss in nats a token, bits per byte")
-    losses = found["loss_by_language"].items()
-    print_columns([f"{name:<16}{loss:6.3f} {bits[name]:6.3f}" for name, loss in losses])
+    bits = found.get("bits_per_byte_by_language", {})
+    print(f"{trained.path}{step}: held-out loss in nats a token" + ", bits per byte" * bool(bits))
+    print_columns([
+        f"{name:<16}{loss:6.3f}" + (f" {bits[name]:6.3f}" if bits else "")
+        for name, loss in found["loss_by_language"].items()
+    ])  # fmt: skip
     print(f"all languages: {found['validation_loss']:.3f}")
     if "validation_bits_per_byte" in found:
         print(f"bits per byte, mean over languages: {found['validation_bits_per_byte']:.3f}")

@@ -124,7 +124,8 @@ class _Call:
 
     def slopes(self, inputs: Inputs) -> jax.Array:
         """float32 [H]; read only where there is a bias."""
-        return (inputs.slopes_H if self.has_bias else jnp.zeros(self.H)).astype(jnp.float32)
+        slopes_H = inputs.slopes_H
+        return jnp.zeros(self.H) if slopes_H is None else slopes_H.astype(jnp.float32)
 
     def slope(self, slopes_ref, h):
         return slopes_ref[h] * _LOG2_E if self.has_bias else None

@@ -6,8 +6,8 @@ How a chunk is worked off differs by platform, as their compilers do (read in th
 * XLA:TPU takes the maximum in the first matmul and makes dlogits anew inside the two others: one part, whole logits.
 * XLA:CPU is fast only on what its caches hold: `_by_blocks` of the vocabulary.
 
-Logits stay float32 in memory: near 100 a bfloat16 is a multiple of 0.5, and nothing in training holds a common offset of
-the logits at 0.
+Logits stay float32 in memory: near 100 a bfloat16 is a multiple of 0.5, and nothing in training holds their common
+offset at 0.
 
 Dimension key: T tokens of one chunk or part, V vocabulary, N blocks of it, K columns of a block, P parts of a chunk,
 D emb_dim.

@@ -179,15 +179,17 @@ def test_batches_of_generation(tiny_text, mesh_of):
     scorer = Scorer(tiny_run.tiny_model(), {}, mesh_of(2, 2, 2), max_length=16, batch_tokens=20)
     ours = language_model(scorer, tiny_text.vocabulary)
     options = {"do_sample": True, "temperature": 0.5, "top_k": None, "top_p": None, "until": None}
-    prompt = next(p for p in "abcdefgh" if len(ours.tok_encode(p)) == 2)
-    requests = requests_of("generate_until", [(prompt, options | {"max_gen_toks": 8})] * 20)
+    requests = requests_of(
+        "generate_until", [("of two tokens", options | {"max_gen_toks": 8})] * 20
+    )
 
     def generate(model, params, mesh, prompts, is_done, **kwargs):
         calls.append((len(prompts), kwargs))
         return [[5]] * len(prompts)
 
     calls = []
-    with mock.patch.object(lm_eval_model, "generate_until", generate):
+    two = mock.patch.object(ours, "_encode", lambda text: [7, 8])
+    with two, mock.patch.object(lm_eval_model, "generate_until", generate):
         assert len(ours.generate_until(requests, disable_tqdm=True)) == 20
         ours.generate_until(requests[:1], disable_tqdm=True)
     assert [num for num, _ in calls] == [8, 8, 4, 1]  # 80 tokens in 4 shards
