@@ -340,7 +340,7 @@ def _score_batch(
 def _score_tokens(model, params, x_BND, target_BN):
     """The same of hidden states: as many tokens at a time as leave float32 logits in `_LOGITS_BYTES` of a device."""
     B, N, _ = x_BND.shape
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh: Any = jax.sharding.get_abstract_mesh()
     G = partitioning.num_batch_shards(mesh)
     T = B * N // G
     fits = max(1, _LOGITS_BYTES // (4 * math.ceil(model.config.vocab_size / mesh.shape["tensor"])))
