@@ -169,7 +169,8 @@ def _tokens_after(
     if samples >= end_samples:
         return end_tokens + (samples - end_samples) * length
     known = [(0, 0), *((r["samples"], r["tokens"]) for r in records), (end_samples, end_tokens)]
-    return round(np.interp(samples, *zip(*known, strict=True)))
+    at, tokens = zip(*known, strict=True)
+    return round(float(np.interp(samples, at, tokens)))
 
 
 def rows(run: RunFolder, loss_kind: str, by_language: bool) -> Iterator[dict[str, Any]]:
