@@ -44,14 +44,13 @@ def test_the_losses_are_those_of_the_run(command, undisturbed):
 
 def test_for_a_person(command, undisturbed):
     out = command()[1]
-    loss = tiny_run.records(undisturbed)[-1]["validation_loss"]
-    assert "step 40: held-out loss in nats a token, bits per byte\n" in out
     record = tiny_run.records(undisturbed)[-1]
+    assert "step 40: held-out loss in nats a token, bits per byte\n" in out
     for name, loss in record["loss_by_language"].items():
         line = f"{name:<16}{loss:6.3f} {record['bits_per_byte_by_language'][name]:6.3f}"
         assert line in out
     bits = record["validation_bits_per_byte"]
-    assert f"all languages: {loss:.3f}\n" in out
+    assert f"all languages: {record['validation_loss']:.3f}\n" in out
     assert out.endswith(f"bits per byte, mean over languages: {bits:.3f}\n")
 
 

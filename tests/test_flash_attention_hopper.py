@@ -230,7 +230,9 @@ def test_bad_input():
     q, k, v, _, slopes = problem(64, 1, 64)
     with pytest.raises(BadInput, match="takes bfloat16, got float32"):
         flash_attention(KERNEL, *(a.astype(jnp.float32) for a in (q, k, v)), slopes)
-    with pytest.raises(BadInput, match="no head_dim 72; there are 64, 80, 96, 128"):
+    with pytest.raises(
+        BadInput, match="no head_dim 72, there are 64, 80, 96, 128; take 'flash_gpu'"
+    ):
         KERNEL.block_sizes(64, 72)
     assert require_hopper(types.SimpleNamespace(compute_capability="9.0")) is None
     with pytest.raises(BadInput, match=r"needs compute capability 9.0 \(H100, H200\), got cpu cpu"):

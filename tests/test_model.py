@@ -200,12 +200,12 @@ def test_number_of_parameters(shape):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     num_layers, emb_dim, num_heads, published = PUBLISHED[name]
-    started = time.process_time()
+    started = time.thread_time()
     config = BloomConfig(
         vocab_size=250_880, num_layers=num_layers, emb_dim=emb_dim, num_heads=num_heads
     )
     assert num_params(config) == published
-    assert time.process_time() - started < 1  # shapes only, one layer traced
+    assert time.thread_time() - started < 1  # shapes only, one layer traced
 
 
 def test_deterministic_ignores_dropout_rates():

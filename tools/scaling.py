@@ -241,6 +241,7 @@ def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
         if value is not None:
             _check_above_0(name, value)
     fits = language_laws.fit_languages(curves, num_bootstrap=min(_BOOTSTRAP.value, 200))
+    weights = _weights(fits)
     runs = final_runs(curves)
     place = int(runs.flops.argmax())
     params = _PARAMS.value or float(runs.params[place])
@@ -249,7 +250,7 @@ def _fit_languages(curves: Sequence[Curve], remarks: Sequence[str]) -> None:
     unique = {c.language: c.unique_tokens for c in curves if c.language and c.unique_tokens}
     try:
         advice = language_laws.advise(
-            fits, params, tokens, weights=_weights(fits), unique_tokens=unique or None
+            fits, params, tokens, weights=weights, unique_tokens=unique or None
         )
     except BadInput as error:
         advice = {}
