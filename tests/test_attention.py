@@ -317,6 +317,7 @@ def test_cached_attention_equals_full_attention():
     assert np.all(np.isfinite(got))  # a padded query sees no key at all
 
 
+@pytest.mark.slow
 def test_rounded_positions_do_not_count_padding():
     """A row with padding on the left is the row without, but for a few scores midway between two numbers."""
     L, padding = 300, 100

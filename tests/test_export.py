@@ -177,6 +177,7 @@ def random_params():
     return reference_bloom.random_params(**SHAPE, mlp_dim=128, seed=1)
 
 
+@pytest.mark.slow
 def test_masked_padding_rows_stay_behind(command, mesh_of, tmp_path):
     masked = "BloomConfig.num_tokens_in_vocab = 300\nBloomConfig.mask_padding_vocab = True\n"
     params = random_params()
@@ -280,6 +281,7 @@ def test_flags_that_are_wrong(command, own_run, tmp_path):
     assert not (own_run / "hf").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk(own_run):
     """A limit on the size of files stands in for it: the kernel refuses the write in the middle."""
     code = (
@@ -384,6 +386,7 @@ def test_a_swap_that_fails_keeps_the_old(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_terminated_in_the_middle(own_run):
     """SIGTERM leaves nothing behind; what an earlier kill left is named."""
     code = (

@@ -110,6 +110,7 @@ def test_scan_unroll_and_remat_change_nothing():
         assert_close(grads, want, relative=3e-6)
 
 
+@pytest.mark.slow
 def test_bf16_hf_trains_with_scan_unroll_and_remat():
     """Gradients of three layers of 17 tokens: near those of float32, where the bias reaches 8 and rounds by 2^-6."""
     want_loss, want = compiled_gradient(F32)(params_of(6), some_tokens())

@@ -180,6 +180,7 @@ def test_a_step_computed_wrong_is_found(runs, call):
     assert "journal.jsonl: fault flip_bit at step 22" in found["notes"]
 
 
+@pytest.mark.slow
 def test_the_culprit_of_a_nan(runs, call):
     """Sample 178 of step 23; the record of the step has null, the journal nan."""
     model_dir = runs("skip")

@@ -199,6 +199,7 @@ def test_fit_by_language(tmp_path, answer, run):
     assert code == 0 and "3 languages; shares for" in out and "transfer" in out
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path, run):
     pytest.importorskip("matplotlib")
     curves = write_curves(tmp_path / "curves.csv", sweep(0))

@@ -195,6 +195,7 @@ def test_rows_are_dealt_evenly():
             assert num_microbatches == options.num_microbatches(-(-num_samples // 48))
 
 
+@pytest.mark.slow
 def test_five_steps_in_bf16_on_eight_devices():
     mesh = (2, 2, 2)
     state, batch = initial_state(mesh, BF16), batch_of(mesh, some_tokens())
@@ -227,8 +228,16 @@ def test_the_old_state_is_donated():
     assert compiled_step(mesh).memory_analysis().alias_size_in_bytes >= held
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["adamw", "another optimizer"])
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [
+        ("adamw", "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("adamw", "bfloat16"), ("another optimizer", "float32"), ("another optimizer", "bfloat16")]
+        ),
+    ],
+)  # fmt: skip
 def test_a_step_beyond_its_limits_is_not_taken(kind, moments):
     """Parameters and optimizer to the bit those before; within the limits those of a step without."""
     optimizer = adamw(epsilon=EPSILON, first_moment_dtype=moments)
