@@ -1,7 +1,7 @@
 """What the noise scale costs a step: tiny.gin's step of several microbatches with the norm of the first one, and
 without.
 
-    python benchmarks/bench_noise_scale.py [--rounds 40] [--microbatches 2,8] [--json] [--output FILE]
+    python benchmarks/bench_noise_scale.py [--rounds 40] [--microbatches 2,8] [--length 64] [--json] [--output FILE]
 
 Both programs take turns in one process; the ratio is of the process's CPU time, median of rounds. `bytes` is what one
 pass over the gradient reads, as a share of what the compiled step without it reads and writes.
@@ -13,7 +13,7 @@ import time
 import measure
 
 
-def program(num_microbatches, with_norm):
+def program(num_microbatches, length, with_norm):
     """The compiled train step of tiny.gin, its state, and what it takes."""
     import jax
     import jax.numpy as jnp
@@ -36,10 +36,10 @@ def program(num_microbatches, with_norm):
         gradients._norm = lambda refs: jnp.zeros(())
     try:
         with jax.set_mesh(mesh):
-            compiled = step.lower(state, abstract_batch(32, 64, mesh), rate, key).compile()
+            compiled = step.lower(state, abstract_batch(32, length, mesh), rate, key).compile()
     finally:
         gradients._norm = norm
-    tokens = np.random.default_rng(0).integers(0, 4096, (32, 65), np.int32)
+    tokens = np.random.default_rng(0).integers(0, 4096, (32, length + 1), np.int32)
     batch = jax.device_put({"tokens": tokens, "weights": np.ones(32, np.float32)})
     held = [init(0)]
 
@@ -52,9 +52,9 @@ def program(num_microbatches, with_norm):
     return compiled, run
 
 
-def costs(num_microbatches, rounds):
-    compiled, with_norm = program(num_microbatches, True)
-    plain_compiled, plain = program(num_microbatches, False)
+def costs(num_microbatches, length, rounds):
+    compiled, with_norm = program(num_microbatches, length, True)
+    plain_compiled, plain = program(num_microbatches, length, False)
     # Right before it is timed: the same steps to the bit, and only one of them has a norm.
     for _ in range(3):
         (_, ours, norm), (_, theirs, none) = with_norm(), plain()
@@ -64,7 +64,7 @@ def costs(num_microbatches, rounds):
     flops = [c.cost_analysis()["flops"] for c in (compiled, plain_compiled)]
     read = [c.cost_analysis()["bytes accessed"] for c in (compiled, plain_compiled)]
     return {
-        "microbatches": num_microbatches, "cpu_seconds": found, "cpu_seconds_without": without,
+        "length": length, "microbatches": num_microbatches, "cpu_seconds": found, "cpu_seconds_without": without,
         "ratio": statistics.median(a / b for a, b in times), "flops_ratio": flops[0] / flops[1],
         "bytes_ratio": read[0] / read[1],
     }  # fmt: skip
@@ -74,17 +74,18 @@ def main():
     parser = measure.Parser(__doc__)
     parser.add_argument("--rounds", type=measure.whole_number, default=40)
     parser.add_argument("--microbatches", default="2,8")
+    parser.add_argument("--length", type=measure.whole_number, default=64, help="tokens of a row")
     args = parser.parse_args()
     measure.check_output(args.output)
     measure.choose_platform(args.device)
     from bloomjax import startup
 
     startup.keep_freed_memory()  # as tiny.gin does
-    rows = [costs(int(number), args.rounds) for number in args.microbatches.split(",")]
+    rows = [costs(int(number), args.length, args.rounds) for number in args.microbatches.split(",")]
     circumstances = measure.circumstances(measure.device(args.device))
-    names = ("microbatches", "ratio", "flops_ratio", "bytes_ratio")
+    names = ("length", "microbatches", "ratio", "flops_ratio", "bytes_ratio")
     cells = [
-        [row[name] if name == names[0] else f"{row[name]:.4f}" for name in names] for row in rows
+        [row[name] if name in names[:2] else f"{row[name]:.4f}" for name in names] for row in rows
     ]
     table = f"{measure.headline(circumstances)}\nwith the norm / without it\n{measure.columns(names, cells)}"
     measure.finish(args, circumstances | {"rows": rows}, table, rows)
