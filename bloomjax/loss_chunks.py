@@ -27,7 +27,9 @@ TEMPORARY_BYTES = 4 * 10**9
 # reads; below 295 an H100's memory would be its limit.
 PART_TOKENS = 512
 _MIN_CHUNK_TOKENS, _MAX_CHUNK_TOKENS = 1024, {"cpu": 1024, "tpu": 2048, "cuda": 4096}
-_CPU_BLOCK_COLUMNS = 512  # with 1,024 tokens 2 MB of float32 logits, about what a core's cache holds
+_CPU_BLOCK_COLUMNS = (
+    512  # with 1,024 tokens 2 MB of float32 logits, about what a core's cache holds
+)
 # For columns without a probability and for maxima of nothing: unlike -inf it has a difference to itself.
 _NOTHING = -1e30
 
